@@ -1,0 +1,34 @@
+# Every target works on a fresh machine: it makes its own environment first.
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# One environment for each version of Python; .venv is that of the default one.
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+
+help:  ## list what can be made
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+demo: $(VENV)/installed  ## count the identifiers of the standard library, while a worker is killed
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/installed  ## run the tests (PYTHON=python3.12: with that Python)
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed  ## time per task, beside concurrent.futures
+	$(BIN)/python benchmarks/bench.py
+
+lint: $(VENV)/installed  ## check the formatting
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+clean:  ## remove the environments and what was built
+	rm -rf .venv .venv-* build *.egg-info __pycache__ */__pycache__ .hypothesis .ruff_cache
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+.PHONY: help demo test bench lint clean

@@ -1,0 +1,1 @@
+"""minidist: dask.distributed in one readable Python file."""
