@@ -1,0 +1,191 @@
+"""Time per task, beside concurrent.futures in the same run; and of the minds alone.
+
+    python benchmarks/bench.py [cluster] [minds]
+
+Times on a shared machine vary by half from one minute to the next, so the two systems take turns,
+the median of the rounds is given, and the ratio says more than the microseconds.
+"""
+
+import gc
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import count
+from pathlib import Path
+from statistics import median
+
+from minidist import Client, ClientMind, SchedulerMind, WorkerMind
+
+MINIDIST = Path(__file__).resolve().parent.parent / "minidist.py"
+TASKS, TRIPS, ROUNDS = 10_000, 200, 5
+
+
+def noop(i):
+    pass
+
+
+def time_us(work, repeats):
+    start = time.perf_counter()
+    work()
+    return (time.perf_counter() - start) / repeats * 1e6
+
+
+# ---- The cluster ----
+
+
+def start_cluster():
+    """A scheduler and two workers of one thread, as processes: (processes, address)."""
+    command = [sys.executable, str(MINIDIST)]
+    scheduler = subprocess.Popen(
+        [*command, "scheduler", "--port", "0"], stdout=subprocess.PIPE, text=True
+    )
+    for line in scheduler.stdout:
+        if match := re.search(r"tcp://\S+:\d+", line):
+            worker = [*command, "worker", match[0], "--nthreads", "1", "--name"]
+            names = ("bench-1", "bench-2")
+            return [scheduler, *(subprocess.Popen([*worker, name]) for name in names)], match[0]
+    raise SystemExit(f"the scheduler ended with exit code {scheduler.wait()}")
+
+
+def bench_cluster():
+    # The pool forks its processes now, before the client has a thread that a fork would lose.
+    with ProcessPoolExecutor(2) as pool:
+        list(pool.map(noop, range(100)))
+        processes, address = start_cluster()
+        try:
+            with Client(address) as client:
+                compare(client, pool)
+        finally:
+            for process in reversed(processes):  # Workers first: they complain about a lost one.
+                process.terminate()
+                process.wait()
+
+
+def compare(client, pool):
+    # Arguments that never come again: a pure call with a known key would not run a second time.
+    numbers = count()
+
+    def map_minidist():
+        client.gather(client.map(noop, [next(numbers) for _ in range(TASKS)]))
+
+    def map_pool():
+        for future in [pool.submit(noop, next(numbers)) for _ in range(TASKS)]:
+            future.result()
+
+    def trips_minidist():
+        for _ in range(TRIPS):
+            client.submit(noop, next(numbers)).result()
+
+    def trips_pool():
+        for _ in range(TRIPS):
+            pool.submit(noop, next(numbers)).result()
+
+    trips_minidist()  # Until both workers are there, and have imported what they need.
+    print(f"{'':38}{'minidist':>10}{'processes':>12}{'ratio':>8}")
+    report(f"map + gather of {TASKS:,}, per task", map_minidist, map_pool, TASKS)
+    report("submit(...).result(), a round trip", trips_minidist, trips_pool, TRIPS)
+
+
+def report(name, minidist, pool, repeats):
+    rounds = [(time_us(minidist, repeats), time_us(pool, repeats)) for _ in range(ROUNDS)]
+    ours, theirs = (median(times) for times in zip(*rounds, strict=True))
+    print(f"{name:38}{ours:7,.0f} us{theirs:9,.0f} us{ours / theirs:8.2f}", flush=True)
+
+
+# ---- The minds alone: no wire, no pickles, no threads; each task lives its whole life ----
+
+RUN_SPEC = (b"function", b"arguments")
+
+
+def sent(mind, op):
+    """Take the outbox, as a body does after each batch; give the messages with this op."""
+    outbox, mind.outbox = mind.outbox, []
+    return [(peer, message) for peer, message in outbox if message["op"] == op]
+
+
+def scheduler_life(n):
+    """submit, compute-task, task-finished and release of ``n`` tasks that exist at one time."""
+    mind = SchedulerMind()
+    mind.stimulus_register_client("client", [])
+    for worker in ("w1", "w2"):
+        mind.stimulus_register_worker(worker, worker, 1, [], [])
+    keys = [f"noop-{i}" for i in range(n)]
+
+    def live():
+        for want, key in enumerate(keys):
+            mind.stimulus_submit("client", key, want, "noop", RUN_SPEC, [], 0)
+        while computed := sent(mind, "compute-task"):
+            for worker, message in computed:
+                mind.stimulus_task_finished(worker, message["attempt"], 16, "NoneType", 5, ())
+        for want, key in enumerate(keys):
+            mind.stimulus_release_keys("client", [(key, want)])
+        mind.outbox.clear()
+
+    yield live
+    assert not mind.tasks and mind.submitted == n and mind.attempts == n + 1
+
+
+def client_life(n):
+    """submit, key-in-memory and release of ``n`` futures that exist at one time."""
+    mind = ClientMind()
+    keys = [f"noop-{i}" for i in range(n)]
+    notice = {"attempt": 1, "nbytes": 16, "type": "NoneType", "holders": ["w1"], "value": (b"N.",)}
+
+    def live():
+        states = [mind.stimulus_submit(key, "noop", RUN_SPEC, [], 0) for key in keys]
+        mind.stimulus_ask(states)
+        for state in states:
+            mind.stimulus_key_in_memory("scheduler", state.key, state.want, **notice)
+        for state in states:
+            mind.stimulus_release(state)
+        mind.outbox.clear()
+        mind.news.clear()
+
+    yield live
+    assert not mind.futures
+
+
+def worker_life(n):
+    """compute-task, take, finished and free-keys of ``n`` attempts that are here at one time."""
+    mind = WorkerMind()
+    keys = [f"noop-{i}" for i in range(n)]
+
+    def live():
+        for number, key in enumerate(keys, 1):
+            args = ("noop", RUN_SPEC, [], (0, number), True)
+            mind.stimulus_compute_task("scheduler", key, number, *args)
+        while attempt := mind.stimulus_take():
+            mind.stimulus_finished(attempt.number, 16, "NoneType", 5, (b"N.",))
+        for number, key in enumerate(keys, 1):
+            mind.stimulus_free_keys("scheduler", [(key, number)])
+        mind.outbox.clear()
+
+    yield live
+    assert not mind.data and not mind.attempts
+
+
+def time_life_us(life, n):
+    """Microseconds per task, without the setting up before the life and the check after it."""
+    (us,) = [time_us(live, n) for live in life(n)]
+    return us
+
+
+def bench_minds():
+    gc.collect()
+    gc.set_threshold(100_000, 50, 50)  # What the scheduler's process sets.
+    print(f"{'a whole life in a mind, per task':38}{'1,000 tasks':>13}{'100,000 tasks':>16}")
+    for life in (scheduler_life, client_life, worker_life):
+        few = median(time_life_us(life, 1_000) for _ in range(25))
+        many = median(time_life_us(life, 100_000) for _ in range(3))
+        name = f"{life.__name__.split('_')[0].capitalize()}Mind"
+        print(f"{name:38}{few:10.1f} us{many:13.1f} us", flush=True)
+
+
+if __name__ == "__main__":
+    benches = {"cluster": bench_cluster, "minds": bench_minds}
+    if not set(sys.argv[1:]) <= set(benches):
+        sys.exit(__doc__.strip())
+    for name in sys.argv[1:] or benches:
+        benches[name]()
