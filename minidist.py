@@ -117,6 +117,9 @@ MESSAGES = {  # {op: "sender > receiver, field:kind, ..."}; the kinds are define
     # A data connection, to any worker.
     "get-data": "client|worker > holder, values:names",
     "data": "holder > client|worker, key:key attempt:int status:str value:frames",
+    # A worker's mind to its own body: never on a wire.
+    "ready": "mind > body,",
+    "drop": "mind > body, values:names",
 }
 
 
@@ -151,6 +154,22 @@ def list_of(kind):
     return lambda value, frames: [exactly(kind, item) for item in value]
 
 
+def rows(*kinds):
+    """Lists of equal shape as tuples; a list among the parts is one of strings."""
+
+    def convert(value, frames):
+        return [
+            tuple(part(kind, item) for kind, item in zip(kinds, row, strict=True)) for row in value
+        ]
+
+    def part(kind, item):
+        if kind is list:
+            return [exactly(str, holder) for holder in item]
+        return kind(item) if kind is to_key else exactly(kind, item)
+
+    return convert
+
+
 KINDS = {  # {kind: (types in JSON, how its parts are checked and converted)}
     "int": ((int,), None),
     "str": ((str,), None),
@@ -160,20 +179,8 @@ KINDS = {  # {kind: (types in JSON, how its parts are checked and converted)}
     "names": ((list,), to_names),
     "ints": ((list,), list_of(int)),
     "strs": ((list,), list_of(str)),
-    "inputs": (  # [(key, attempt, nbytes, holders), ...]
-        (list,),
-        lambda value, frames: [
-            (to_key(key), exactly(int, attempt), exactly(int, nbytes), list_of(str)(holders, ()))
-            for key, attempt, nbytes, holders in value
-        ],
-    ),
-    "misses": (  # [(key, attempt, holders), ...]
-        (list,),
-        lambda value, frames: [
-            (to_key(key), exactly(int, attempt), list_of(str)(holders, ()))
-            for key, attempt, holders in value
-        ],
-    ),
+    "inputs": ((list,), rows(to_key, int, int, list)),  # [(key, attempt, nbytes, holders)]
+    "misses": ((list,), rows(to_key, int, list)),  # [(key, attempt, holders)]
 }
 
 
@@ -185,6 +192,7 @@ class Op:
         senders, _, receivers = route.partition(" > ")
         self.senders, self.receivers = set(senders.split("|")), set(receivers.split("|"))
         self.fields = dict(field.split(":") for field in fields.split())
+        self.names = ("op", *self.fields)
         self.conversions = [(f, KINDS[k][1]) for f, k in self.fields.items() if KINDS[k][1]]
         # Shapes that were found good: a message's field names and types, compared in one go.
         # There are few, since each field has one type or two.
@@ -192,7 +200,7 @@ class Op:
 
     def learn(self, message, shape):
         """Check names and types one by one, and remember a good shape."""
-        if list(message) != ["op", *self.fields]:
+        if tuple(message) != self.names:
             raise ProtocolError(f"{message['op']} has the fields {list(message)!r:.200}")
         for field, kind in self.fields.items():
             if type(message[field]) not in KINDS[kind][0]:
@@ -282,8 +290,9 @@ class Mind:
         self.marked = {}  # an ordered set of records that may not be what they should be
         self.story = deque(maxlen=LIMITS["story"])  # (key, start, finish, attempt, worker)
 
-    def send(self, peer, op, **fields):
-        self.outbox.append((peer, {"op": op, **fields}))
+    def send(self, peer, op, *values):
+        """Leave a message for a peer: ``values`` are the op's fields, in the order of MESSAGES."""
+        self.outbox.append((peer, dict(zip(OPS[op].names, (op, *values), strict=True))))
 
     def mark(self, record):
         self.marked[record] = None
@@ -294,9 +303,7 @@ class Mind:
         bound = 64 + 16 * self.size()
         while marked:
             record, _ = marked.popitem()
-            finish = self.goal(record)
-            if finish != record.state:
-                marked[record] = None  # It may have to go on from there.
+            while (finish := self.goal(record)) != record.state:
                 self.transition(record, finish)
                 edges += 1
                 assert edges < bound, f"{record} does not settle"
@@ -310,10 +317,11 @@ class Mind:
         self.story.append(record.line(start))
 
 
-def edges(*pairs):
+def edges(**finishes):
     """The table of transitions: each edge ``(start, finish)`` has a method named after it."""
-    names = (f"transition_{start}_{finish}".replace("-", "_") for start, finish in pairs)
-    return dict(zip(pairs, names, strict=True))
+    pairs = [(start, finish) for start, row in finishes.items() for finish in row.split()]
+    pairs = [(start.replace("_", "-"), finish) for start, finish in pairs]
+    return {pair: "transition_" + "_".join(pair).replace("-", "_") for pair in pairs}
 
 
 class Fetches:
@@ -482,16 +490,7 @@ class ClientMind(Mind):
             return state
         self.futures[key] = state
         names = [(i.key, i.want) for i in inputs]
-        self.send(
-            SCHEDULER,
-            "submit",
-            key=key,
-            want=state.want,
-            name=name,
-            run_spec=run_spec,
-            inputs=names,
-            priority=priority,
-        )
+        self.send(SCHEDULER, "submit", key, state.want, name, run_spec, names, priority)
         return state
 
     def stimulus_release(self, state):
@@ -506,7 +505,7 @@ class ClientMind(Mind):
             if self.outbox and self.outbox[-1][1]["op"] == "release-keys":
                 self.outbox[-1][1]["wants"].append(name)
             else:
-                self.send(SCHEDULER, "release-keys", wants=[name])
+                self.send(SCHEDULER, "release-keys", [name])
 
     def stimulus_ask(self, states):
         """Somebody waits for these values: fetch what did not come along with its notice."""
@@ -590,14 +589,7 @@ class ClientMind(Mind):
         for name, misses in exhausted:
             state = self.fetching.pop(name)
             self.become(state, "pending")
-            self.send(
-                SCHEDULER,
-                "fetch-missed",
-                key=state.key,
-                want=state.want,
-                attempt=name[1],
-                holders=misses,
-            )
+            self.send(SCHEDULER, "fetch-missed", state.key, state.want, name[1], misses)
 
     def current(self, key, want):
         """The state that a message speaks of.
@@ -629,7 +621,7 @@ class ClientMind(Mind):
     def settle(self):
         """A client has no transitions to take; only requests to send."""
         for holder, values in self.fetches.requests():
-            self.send(holder, "get-data", values=values)
+            self.send(holder, "get-data", values)
 
     def validate(self):
         """Assert every invariant.  Slow by design."""
@@ -744,27 +736,13 @@ class SchedulerMind(Mind):
     """Decides what runs where.  ``first_attempt`` must grow from one scheduler's life to the next."""
 
     TRANSITIONS = edges(
-        ("released", "waiting"),
-        ("released", "forgotten"),
-        ("waiting", "queued"),
-        ("waiting", "no-worker"),
-        ("waiting", "erred"),
-        ("waiting", "released"),
-        ("queued", "processing"),
-        ("queued", "waiting"),
-        ("queued", "no-worker"),
-        ("queued", "released"),
-        ("no-worker", "queued"),
-        ("no-worker", "waiting"),
-        ("no-worker", "released"),
-        ("processing", "memory"),
-        ("processing", "erred"),
-        ("processing", "waiting"),
-        ("processing", "released"),
-        ("memory", "waiting"),
-        ("memory", "erred"),
-        ("memory", "released"),
-        ("erred", "released"),
+        released="waiting forgotten",
+        waiting="queued no-worker erred released",
+        queued="processing waiting no-worker released",
+        no_worker="queued waiting released",
+        processing="memory erred waiting released",
+        memory="waiting erred released",
+        erred="released",
     )
 
     def __init__(self, first_attempt=1):
@@ -802,14 +780,14 @@ class SchedulerMind(Mind):
                 # On one ordered stream that want can only have been cancelled or lost.  What
                 # bears the key now may be another call of another client.
                 text = f"its input {input_key!r} was cancelled"
-                self.send(client, "key-cancelled", key=key, want=want, text=text)
+                self.send(client, "key-cancelled", key, want, text)
                 return
         ts = self.tasks.get(key)
         if ts is None:
             ts = self.new_task(key, name, run_spec, dependencies, priority)
         elif ts.run_spec != run_spec:
             text = f"the key {key!r} is known with another call: that one's result is used"
-            self.send(client, "warning", text=text)
+            self.send(client, "warning", text)
         cs.wants_what[ts] = want
         ts.who_wants = ts.who_wants or {}
         ts.who_wants[cs] = None
@@ -856,7 +834,7 @@ class SchedulerMind(Mind):
         """A worker joins; it holds and runs nothing yet."""
         if any(ws.name == name for ws in self.workers.values()):
             text = f"a worker named {name!r} is there already"
-            self.send(worker, "refused", text=text)
+            self.send(worker, "refused", text)
             return
         ws = WorkerState(worker, name, nthreads, processing={}, has_what={}, queue=Queue())
         self.workers[worker] = ws
@@ -874,7 +852,7 @@ class SchedulerMind(Mind):
         del self.by_load[ws.load][ws]
         self.changed.pop(ws, None)
         for peer in (*self.workers, *self.clients):
-            self.send(peer, "worker-left", worker=worker)
+            self.send(peer, "worker-left", worker)
         for attempt, (ts, _) in ws.processing.items():
             if ts.attempt == attempt:
                 self.end_processing(ts)
@@ -945,7 +923,8 @@ class SchedulerMind(Mind):
     def goal(self, ts):
         """What ``ts`` should be, given who wants it and what its neighbours are."""
         if not (ts.who_wants or ts.waiters):
-            return "released" if ts.dependents or ts.state != "released" else "forgotten"
+            gone = ts.state in ("released", "forgotten") and not ts.dependents
+            return "forgotten" if gone else "released"
         if ts.exception or ts.text:
             return "waiting" if ts.state in ("queued", "no-worker") else "erred"
         if ts.who_has:
@@ -964,7 +943,7 @@ class SchedulerMind(Mind):
         super().settle()
         self.fill()
         for worker, values in self.freed.items():
-            self.send(worker, "free-keys", values=values)
+            self.send(worker, "free-keys", values)
         self.freed.clear()
 
     def size(self):
@@ -1091,13 +1070,13 @@ class SchedulerMind(Mind):
         self.send(
             ws.id,
             "compute-task",
-            key=ts.key,
-            attempt=ts.attempt,
-            name=ts.name,
-            run_spec=ts.run_spec,
-            inputs=inputs,
-            priority=ts.priority,
-            wanted=bool(ts.who_wants),
+            ts.key,
+            ts.attempt,
+            ts.name,
+            ts.run_spec,
+            inputs,
+            ts.priority,
+            bool(ts.who_wants),
         )
 
     def transition_queued_waiting(self, ts):
@@ -1156,7 +1135,7 @@ class SchedulerMind(Mind):
         self.lose(ts)
         self.transition_released_waiting(ts)
         for cs in ts.who_wants:
-            self.send(cs.id, "key-lost", key=ts.key, want=cs.wants_what[ts])
+            self.send(cs.id, "key-lost", ts.key, cs.wants_what[ts])
 
     def transition_memory_erred(self, ts):
         """Its value was lost again and again."""
@@ -1180,7 +1159,6 @@ class SchedulerMind(Mind):
             del dependency.dependents[ts]
             self.mark(dependency)
         del self.tasks[ts.key]
-        del self.marked[ts]
 
     # Leaves: each changes a few facts, in both directions of a relation, and marks.
 
@@ -1306,19 +1284,18 @@ class SchedulerMind(Mind):
     def tell(self, cs, ts):
         """Tell one client how a task of its ended."""
         if ts.state == "erred":
-            fields = {"exception": ts.exception, "text": ts.text}
-            self.send(cs.id, "key-erred", key=ts.key, want=cs.wants_what[ts], **fields)
+            self.send(cs.id, "key-erred", ts.key, cs.wants_what[ts], ts.exception, ts.text)
             return
         self.send(
             cs.id,
             "key-in-memory",
-            key=ts.key,
-            want=cs.wants_what[ts],
-            attempt=ts.attempt,
-            nbytes=ts.nbytes,
-            type=ts.type,
-            holders=[ws.id for ws in islice(ts.who_has, LIMITS["holders"])],
-            value=ts.value,
+            ts.key,
+            cs.wants_what[ts],
+            ts.attempt,
+            ts.nbytes,
+            ts.type,
+            [ws.id for ws in islice(ts.who_has, LIMITS["holders"])],
+            ts.value,
         )
 
     # Invariants.
@@ -1441,13 +1418,7 @@ class WorkerMind(Mind):
     """What one worker has to do, and what it holds."""
 
     TRANSITIONS = edges(
-        ("waiting", "ready"),
-        ("waiting", "returned"),
-        ("waiting", "erred"),
-        ("ready", "executing"),
-        ("ready", "returned"),
-        ("executing", "finished"),
-        ("executing", "erred"),
+        waiting="ready returned erred", ready="executing returned", executing="finished erred"
     )
 
     def __init__(self):
@@ -1519,12 +1490,12 @@ class WorkerMind(Mind):
                     attempt.exception = frames  # Its holder cannot pickle it: nobody can use it.
                 self.mark(attempt)
         if here:
-            self.send(SCHEDULER, "add-keys", values=here)
+            self.send(SCHEDULER, "add-keys", here)
         self.give_up(exhausted)
         # Nobody needs these any more: they were dropped while the request was under way.
         unneeded = [n for n, (status, _) in given.items() if status == "ok" and n not in self.data]
         if unneeded:
-            self.send(HERE, "drop", values=unneeded)
+            self.send(HERE, "drop", unneeded)
         self.settle()
 
     def stimulus_free_keys(self, peer, values):
@@ -1536,7 +1507,7 @@ class WorkerMind(Mind):
             for attempt in self.needed_by.get(name, ()):
                 attempt.returned = True
                 self.mark(attempt)
-        self.send(HERE, "drop", values=values)
+        self.send(HERE, "drop", values)
         self.settle()
 
     def stimulus_worker_left(self, peer, worker):
@@ -1568,7 +1539,7 @@ class WorkerMind(Mind):
         """Take the edges; then ask for what is missing."""
         super().settle()
         for holder, values in self.fetches.requests():
-            self.send(holder, "get-data", values=values)
+            self.send(holder, "get-data", values)
 
     def size(self):
         return len(self.attempts)
@@ -1580,11 +1551,11 @@ class WorkerMind(Mind):
         self.send(HERE, "ready")
 
     def transition_waiting_returned(self, attempt):
-        self.end(attempt, "task-returned", misses=attempt.misses)
+        self.end(attempt, "task-returned", attempt.misses)
         self.forget_inputs(attempt)
 
     def transition_waiting_erred(self, attempt):
-        self.end(attempt, "task-erred", exception=attempt.exception)
+        self.end(attempt, "task-erred", attempt.exception)
         self.forget_inputs(attempt)
 
     def transition_ready_executing(self, attempt):
@@ -1598,19 +1569,16 @@ class WorkerMind(Mind):
 
     def transition_executing_finished(self, attempt):
         """The value is held until the scheduler says otherwise."""
-        nbytes, type, duration_us, value = attempt.finished
-        self.data[attempt.key, attempt.number] = nbytes
-        fields = {"type": type, "duration_us": duration_us, "value": value}
-        self.end(attempt, "task-finished", nbytes=nbytes, **fields)
+        self.data[attempt.key, attempt.number] = attempt.finished[0]
+        self.end(attempt, "task-finished", *attempt.finished)
 
     def transition_executing_erred(self, attempt):
-        self.end(attempt, "task-erred", exception=attempt.exception)
+        self.end(attempt, "task-erred", attempt.exception)
 
-    def end(self, attempt, op, **fields):
+    def end(self, attempt, op, *values):
         """An attempt ends once, by one message."""
         del self.attempts[attempt.number]
-        self.marked.pop(attempt, None)
-        self.send(SCHEDULER, op, attempt=attempt.number, **fields)
+        self.send(SCHEDULER, op, attempt.number, *values)
 
     def forget_inputs(self, attempt):
         """It needs its inputs no longer; what only it needed is not fetched."""
