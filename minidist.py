@@ -38,6 +38,7 @@ The life of one ``submit()``.  Each method opens its docstring with its number i
 import argparse
 import asyncio
 import collections
+import collections.abc
 import concurrent.futures
 import contextlib
 import functools
@@ -129,9 +130,11 @@ class ProtocolError(Exception):
 
 def to_key(value, frames=()):
     """A key as the minds know it: JSON has no tuples, so a tuple travelled as a list."""
-    return (
-        value if type(value) is str else tuple([to_key(v) if type(v) is list else v for v in value])
-    )
+    if type(value) is str:
+        return value
+    if type(value) is not list or not value:
+        raise TypeError(f"{value!r:.80} is no key")
+    return tuple([part if type(part) in (str, int, float) else to_key(part) for part in value])
 
 
 def to_names(value, frames=()):
@@ -227,7 +230,7 @@ def check_message(message, frames, sender):
             op.learn(message, shape)
         for field, convert in op.conversions:
             message[field] = convert(message[field], frames)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"not a message: {message!r:.200} ({error})") from error
     return message
 
@@ -2113,8 +2116,8 @@ def unpack_exception(frames):
             error = RemoteError(text)
         error.__traceback__ = rebuild_traceback(places)
         if previous is not None:
-            error.__cause__, error.__context__ = previous
-        previous = (error, None) if relation == "cause" else (None, error)
+            setattr(error, *previous)
+        previous = (f"__{relation}__", error)
     return error
 
 
@@ -2127,8 +2130,13 @@ def rebuild_traceback(places):
     traceback = None
     for filename, line, name in reversed(places):
         code = compile("raise RuntimeError", filename, "exec")
+        units = len(code.co_code) // 2
+        # A table of places that says "the first line, no column" for every 8 units of code: with
+        # columns, the traceback would underline what stands there in the worker's source.
+        table = b"".join(bytes([0xE8 | min(8, units - n) - 1, 0]) for n in range(0, units, 8))
+        where = {"co_firstlineno": line, "co_linetable": table}
         try:
-            exec(code.replace(co_name=name, co_qualname=name), {"__file__": filename})
+            exec(code.replace(co_name=name, co_qualname=name, **where), {"__file__": filename})
         except RuntimeError as error:
             frame = error.__traceback__.tb_next.tb_frame
         traceback = types.TracebackType(traceback, frame, frame.f_lasti, line)
@@ -2945,11 +2953,13 @@ class Client:
         """
         if errors not in ("raise", "skip"):
             raise ValueError(f"errors={errors!r} is neither 'raise' nor 'skip'")
+        if isinstance(futures, collections.abc.Iterator):
+            futures = list(futures)
         leaves = list(leaves_of(futures))
         for future in leaves:
             if future.client is not self:
                 raise ValueError(f"{future!r} belongs to another client")
-        if self._ended and not all(f._state and settled(f._state, True) for f in leaves):
+        if self._ended and not all(f._state and f._state.final for f in leaves):
             raise self._ended[0](self._ended[1])
 
         def failed(state, left=None):

@@ -15,13 +15,29 @@ Each test's name is one claim.  The chapters follow those of ``minidist.py``.
 """
 
 import ast
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
 import json
+import operator
+import os
+import pickle
 import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+import types
 from collections import Counter, deque
 from functools import cache
+from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -35,14 +51,41 @@ import minidist
 from minidist import (
     ALLOWED_FAILURES,
     HERE,
+    MESSAGES,
     SCHEDULER,
+    Client,
     ClientMind,
     ProtocolError,
     Queue,
     SchedulerMind,
+    Worker,
     WorkerMind,
     check_message,
+    dumps,
+    loads,
+    pack,
+    pack_exception,
+    read_batch,
+    unpack_exception,
+    wait,
 )
+
+ROOT = Path(minidist.__file__).parent
+SCRIPT = str(ROOT / "minidist.py")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """One secret for all processes of a test; minds validate themselves; gates are shut."""
+    monkeypatch.setenv("MINIDIST_TOKEN", "the secret of the tests")
+    monkeypatch.setenv("MINIDIST_VALIDATE", "1")
+    RUNS.clear()
+    for gate in GATES:
+        gate.clear()
+    yield
+    for gate in GATES:
+        gate.set()  # No thread is left behind.
+
 
 # ---- 0. The map: what the module says of itself ----
 
@@ -52,6 +95,13 @@ def test_the_module_says_what_it_is_in_its_first_line():
         minidist.__doc__.splitlines()[0]
         == "minidist: dask.distributed in one readable Python file."
     )
+
+
+def test_every_step_of_the_journey_names_a_method_that_bears_its_number():
+    steps = re.findall(r"^    (\d+)\. (\S+)", minidist.__doc__, re.M)
+    assert [int(number) for number, _ in steps] == list(range(1, 13))
+    for number, name in steps:
+        assert operator.attrgetter(name)(minidist).__doc__.startswith(f"[{number}] "), name
 
 
 # ---- 1. Vocabulary: messages, queues, purity ----
@@ -1302,4 +1352,648 @@ def test_a_planted_bug_is_found(mind, method, bug, blind, monkeypatch):
             a_deep_history(seed)
 
 
-# ---- end of part one ----
+# ---- 5. Wire ----
+
+keys = st.text() | st.recursive(
+    st.tuples(st.text() | st.integers()),
+    lambda key: st.lists(st.text() | key, min_size=1, max_size=3).map(tuple),
+    max_leaves=5,
+)
+few = functools.partial(st.lists, max_size=3)
+names = few(st.tuples(keys, st.integers()))
+kinds = {  # {kind of a field in MESSAGES: its values}
+    "int": st.integers(),
+    "str": st.text(),
+    "bool": st.booleans(),
+    "key": keys,
+    "frames": few(st.binary(max_size=200)).map(tuple),
+    "names": names,
+    "ints": few(st.integers()),
+    "strs": few(st.text()),
+    "inputs": few(st.tuples(keys, st.integers(), st.integers(), few(st.text()))),
+    "misses": few(st.tuples(keys, st.integers(), few(st.text()))),
+}
+senders = ["client", "worker", "scheduler", "holder"]
+
+
+@st.composite
+def some_batches(draw):
+    """(who sends them, batches of any messages that it may send)."""
+    sender = draw(st.sampled_from(senders))
+    messages = []
+    for op, line in MESSAGES.items():
+        route, _, fields = line.partition(",")
+        if sender in route.partition(" > ")[0].split("|"):
+            columns, of_kind = zip(("op", ""), *(f.split(":") for f in fields.split()), strict=True)
+            values = st.tuples(st.just(op), *(kinds[kind] for kind in of_kind[1:]))
+            messages.append(values.map(lambda values, names=columns: dict(zip(names, values))))
+    return sender, draw(few(few(st.one_of(messages))))
+
+
+def read(pieces, sender, count=1):
+    """What ``read_batch`` makes of a stream that arrives in pieces and then ends."""
+
+    async def feed():
+        reader = asyncio.StreamReader()
+
+        async def read_all():
+            return [await read_batch(reader, sender) for _ in range(count)]
+
+        reading = asyncio.ensure_future(read_all())
+        for piece in pieces:
+            reader.feed_data(piece)
+            await asyncio.sleep(0)
+        reader.feed_eof()
+        return await reading
+
+    return asyncio.run(feed())
+
+
+@settings(deadline=None)
+@given(some_batches(), st.lists(st.integers(min_value=0)))
+def test_batches_arrive_as_they_were_sent_however_the_bytes_are_split(sent_batches, cuts):
+    sender, batches = sent_batches
+    stream = b"".join(b"".join(pack(batch)) for batch in batches)
+    places = [0, *sorted({cut % (len(stream) + 1) for cut in cuts}), len(stream)]
+    pieces = [stream[i:j] for i, j in zip(places, places[1:], strict=False)]
+    assert read(pieces, sender, len(batches)) == batches
+
+
+@settings(deadline=None)
+@given(some_batches(), st.integers(min_value=0))
+def test_a_stream_that_ends_within_a_batch_is_incomplete(sent_batches, cut):
+    sender, batches = sent_batches
+    stream = b"".join(pack(batches[0] if batches else []))
+    with pytest.raises(asyncio.IncompleteReadError):
+        read([stream[: cut % len(stream)]], sender)
+
+
+anything_in_json = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from([*MESSAGES]),
+    lambda some: st.lists(some) | st.dictionaries(st.text() | st.sampled_from(["op", "key"]), some),
+)
+
+
+@settings(deadline=None)
+@given(anything_in_json.map(lambda garbage: json.dumps(garbage).encode()) | st.binary())
+def test_garbage_is_a_protocol_error_and_nothing_else(header):
+    with contextlib.suppress(ProtocolError):
+        assert read([minidist.PREFIX.pack(len(header), 0), header], "client") == [[]]
+
+
+@settings(deadline=None)
+@given(some_batches(), st.data())
+def test_a_field_of_another_kind_is_a_protocol_error_and_nothing_else(sent_batches, data):
+    sender, batches = sent_batches
+    assume(batches and batches[0])
+    message = batches[0][0]
+    message[data.draw(st.sampled_from([*message]))] = data.draw(anything_in_json)
+    with contextlib.suppress(ProtocolError):
+        ((got, *_),) = read(pack(batches[0]), sender)
+        hash(got.get("key"))
+
+
+def test_a_frame_that_messages_share_travels_once():
+    function = bytes(10_000)
+    message = {"op": "warning", "text": (function, b"arguments")}
+    assert sum(map(len, pack([message] * 100))) < 20_000
+
+
+# ---- 6. Serialization ----
+
+plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary(),
+    lambda some: st.lists(some) | st.tuples(some, some) | st.dictionaries(st.text(), some),
+)
+
+
+@given(plain | st.frozensets(st.integers()) | st.sets(st.text()))
+def test_an_object_arrives_as_it_was(obj):
+    assert loads(dumps(obj)) == obj
+
+
+def test_a_function_without_an_importable_name_goes_by_value():
+    base = 10
+    assert loads(dumps(lambda x: base + x))(1) == 11
+
+
+def test_a_large_buffer_is_not_copied_into_the_pickle_and_arrives_writable():
+    data = bytearray(1000)
+    _, frame = frames = dumps(pickle.PickleBuffer(data))
+    data[0] = 7
+    assert frame[0] == 7, "the frame is the buffer itself"
+    copy = loads([frames[0], bytes(frame)])
+    memoryview(copy)[0] = 8
+    assert copy == bytes([8]) + bytes(999)
+
+
+@given(st.lists(st.tuples(st.sampled_from([ValueError, KeyError, OSError]), st.text()), min_size=1))
+def test_an_exception_arrives_with_its_causes(chain):
+    error = None
+    for kind, text in chain[:10]:
+        cause, error = error, kind(text)
+        error.__cause__ = cause
+    got = unpack_exception(pack_exception(error))
+    for kind, text in reversed(chain[:10]):
+        assert (type(got), got.args) == (kind, (text,))
+        got = got.__cause__
+    assert got is None
+
+
+# ---- 7-9. The API on a live cluster ----
+
+GATES = [threading.Event() for _ in range(4)]
+RUNS = []  # what ran: the workers of these tests are in this process
+
+
+def through(gate, value=None):
+    """A task that says that it has started, and ends when the test opens its gate."""
+    RUNS.append(value)
+    GATES[gate].wait(30)
+    return value
+
+
+def slow_pow(x, y):
+    return x**y
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0)
+
+
+CANNOT_UNPICKLE = """
+import _pickle, argparse, marshal, pickle, sys
+import gettext, locale, shutil  # argparse imports them late, and imports need marshal
+import minidist
+
+def refuse(*args, **kwargs):
+    raise SystemError("the scheduler unpickles")
+
+names = ["load", "loads", "Unpickler", "_load", "_loads", "_Unpickler"]
+ways = {id(getattr(m, n, refuse)) for m in (pickle, _pickle, marshal) for n in names}
+for module in list(sys.modules.values()):
+    for name, value in list(vars(module).items()):
+        if id(value) in ways:
+            setattr(module, name, refuse)
+try:
+    pickle.loads(pickle.dumps(1))
+except SystemError:
+    sys.exit(minidist.main(["scheduler", "--port", "0"]))
+"""
+
+
+@contextlib.contextmanager
+def process(*arguments, cwd=ROOT, **env):
+    """A Python process with piped output, killed at the end if it still runs."""
+    command, env = [sys.executable, *map(str, arguments)], {**os.environ, **env}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=env) as p:
+        try:
+            yield p
+        finally:
+            p.kill()
+
+
+def address_of(p):
+    """The address that a scheduler's or worker's process prints as soon as it is ready."""
+    return re.search(r"tcp://\S+", p.stdout.readline())[0]
+
+
+SCHEDULERS = ["in this process", "that cannot unpickle"]
+
+
+async def run_on(kind, test):
+    """Run ``await test(c, a, b)`` on a cluster with two workers, ``a`` with two threads."""
+    async with contextlib.AsyncExitStack() as stack:
+        if kind == "in this process":
+            address = (await stack.enter_async_context(minidist.Scheduler())).address
+        else:
+            address = address_of(stack.enter_context(process("-c", CANNOT_UNPICKLE)))
+        async with (
+            Worker(address, nthreads=2, name="a") as a,
+            Worker(address, nthreads=1, name="b") as b,
+            Client(address, asynchronous=True) as c,
+        ):
+            await asyncio.wait_for(test(c, a, b), 30)
+
+
+def on_cluster(test):
+    """Make a test of ``async def test(c, a, b)``, for each kind of scheduler."""
+
+    @pytest.mark.parametrize("kind", SCHEDULERS)
+    def run(kind):
+        asyncio.run(run_on(kind, test))
+
+    run.__name__ = test.__name__
+    return run
+
+
+@on_cluster
+async def test_submit_calls_a_function_with_its_arguments(c, a, b):
+    assert await c.submit(pow, 2, exp=5) == 32
+    assert await c.submit(lambda: "by value").result() == "by value"
+
+
+@on_cluster
+async def test_futures_at_any_depth_of_the_arguments_become_their_values(c, a, b):
+    x, y = c.submit(abs, -1), c.submit(abs, -2)
+    deep = [x, {"y": (y, [x])}, types.SimpleNamespace(x=x)]
+    total = c.submit(lambda d, k: (d[0], d[1]["y"], d[2].x, k["y"]), deep, k={"y": y})
+    assert await total == (1, (2, [1]), 1, 2)
+
+
+@on_cluster
+async def test_inputs_travel_between_workers(c, a, b):
+    parts = [c.submit(through, 0, i) for i in range(3)]
+    await until(lambda: len(RUNS) == 3)
+    GATES[0].set()
+    assert await c.submit(sum, parts) == 3
+    assert a.data and b.data
+
+
+@on_cluster
+async def test_map_goes_over_iterators_and_stops_at_the_shortest(c, a, b):
+    futures = c.map(pow, iter([2, 3, 4]), range(1, 3), mod=8)
+    assert await c.gather(futures) == [2, 1]
+    assert c.map(abs, []) == []
+
+
+@on_cluster
+async def test_gather_keeps_the_shape_of_nested_containers(c, a, b):
+    x, y = c.map(abs, [-1, -2])
+    assert await c.gather({"a": [x, (y, {x, y})], "b": {"c": x, "d": 5}, "e": []}) == {
+        "a": [1, (2, {1, 2})],
+        "b": {"c": 1, "d": 5},
+        "e": [],
+    }
+    assert await c.gather(x) == 1
+
+
+@on_cluster
+async def test_gather_raises_the_first_error_or_skips_what_failed(c, a, b):
+    good, bad = c.submit(abs, -1), c.submit(int, "no number")
+    with pytest.raises(ValueError, match="no number"):
+        await c.gather([good, bad])
+    assert await c.gather([bad, good, [bad], {"x": bad, "y": good}], errors="skip") == [
+        1,
+        [],
+        {"y": 1},
+    ]
+
+
+@on_cluster
+async def test_wait_returns_when_all_are_done_whether_well_or_not(c, a, b):
+    good, bad = c.submit(abs, -1), c.submit(int, "no number")
+    done, not_done = await wait([good, bad])
+    assert (done, not_done) == ({good, bad}, set())
+    assert (good.status, bad.status) == ("finished", "error")
+
+
+@on_cluster
+async def test_wait_can_return_at_the_first_exception(c, a, b):
+    pending, good = c.submit(through, 0), c.submit(abs, -1)
+    await good
+    bad = c.submit(int, "no number")
+    done, not_done = await wait([pending, good, bad], return_when="FIRST_EXCEPTION")
+    assert (done, not_done) == ({good, bad}, {pending})
+
+
+@on_cluster
+async def test_a_future_tells_its_key_and_status_and_what_it_will_be(c, a, b):
+    pending, bad = c.submit(through, 0, 5, key=("x", 1)), c.submit(int, "no number", key="bad")
+    assert pending.key == ("x", 1) and pending.status == "pending" and not pending.done()
+    assert "pending" in repr(pending)
+    GATES[0].set()
+    assert await pending.exception() is None and await pending.traceback() is None
+    assert pending.status == "finished" and pending.done() and await pending == 5
+    assert await bad.exception() and bad.status == "error" and bad.done()
+    good = c.submit(slow_pow, 2, 3)
+    await good
+    assert re.fullmatch("<Future: finished, type: int, key: slow_pow-[0-9a-f]{32}>", repr(good))
+    assert repr(bad) == "<Future: error, key: bad>"
+
+
+@on_cluster
+async def test_equal_pure_calls_run_once_while_the_first_future_lives(c, a, b):
+    first, second = c.submit(through, 0, "x"), c.submit(through, 0, "x")
+    GATES[0].set()
+    assert await c.gather([first, second]) == ["x", "x"]
+    assert RUNS == ["x"]
+    first.release()
+    assert await c.submit(through, 0, "x") == "x" and RUNS == ["x"]
+
+
+@on_cluster
+async def test_a_call_whose_last_future_is_gone_runs_again(c, a, b):
+    GATES[0].set()
+    x = c.submit(through, 0, "x")
+    await x
+    del x
+    await until(lambda: not a.data and not b.data)
+    assert await c.submit(through, 0, "x") == "x" and RUNS == ["x", "x"]
+
+
+@on_cluster
+async def test_of_the_tasks_that_wait_the_one_of_higher_priority_goes_first(c, a, b):
+    blockers = [c.submit(through, gate, gate) for gate in range(3)]
+    await until(lambda: len(RUNS) == 3)
+    GATES[3].set()
+    low, high = (c.submit(through, 3, f"prio {n}", priority=n) for n in [-1, 1])
+    await asyncio.sleep(0)
+    GATES[0].set()  # One thread is free, and takes one after the other.
+    await c.gather([low, high])
+    assert RUNS[3:] == ["prio 1", "prio -1"] and blockers
+
+
+@on_cluster
+async def test_released_and_dropped_results_leave_the_workers(c, a, b):
+    x, y = c.map(abs, [-1, -2])
+    z = c.submit(operator.add, x, y)
+    assert await z == 3
+    x.release()
+    x.release()
+    del y
+    await until(lambda: [*a.data, *b.data] == [z.key])
+    assert await z == 3
+
+
+@on_cluster
+async def test_two_clients_share_a_key_and_the_last_one_lets_it_go(c, a, b):
+    async with Client(c._address, asynchronous=True) as d:
+        x, y = c.submit(through, 0, "x"), d.submit(through, 0, "x")
+        GATES[0].set()
+        assert await x == await y == "x" and RUNS == ["x"] and x.key == y.key
+        x.release()
+        assert await c.submit(abs, -1) == 1  # The release came before this.
+        assert await d.submit(through, 0, "x") == "x" and RUNS == ["x"]
+        y.release()
+        del x
+        await until(lambda: not [key for key in [*a.data, *b.data] if key.startswith("through")])
+
+
+@on_cluster
+async def test_an_exception_comes_back_as_itself_with_the_frames_of_the_worker(c, a, b):
+    f = c.submit(slow_pow, 10, "0.5")
+    assert type(await f.exception()) is TypeError
+    frames = [frame for frame, _ in traceback.walk_tb(await f.traceback())]
+    assert "slow_pow" in [frame.f_code.co_name for frame in frames]
+    assert frames[-1].f_code.co_filename == __file__
+    with pytest.raises(TypeError) as info:
+        await f
+    last = traceback.extract_tb(info.tb)[-1]
+    assert (last.name, last.line) == ("slow_pow", "return x**y")
+    ours = [f for f in traceback.extract_tb(await f.traceback()) if f.filename == SCRIPT]
+    assert not ours, "none of the library's frames"
+
+
+@on_cluster
+async def test_an_exception_comes_back_with_its_cause(c, a, b):
+    def fail():
+        try:
+            slow_pow(1, "x")
+        except TypeError as error:
+            raise RuntimeError("outer") from error
+
+    error = await c.submit(fail).exception()
+    assert type(error.__cause__) is TypeError
+    assert traceback.extract_tb(error.__cause__.__traceback__)[-1].name == "slow_pow"
+
+
+@on_cluster
+async def test_an_argument_that_a_worker_cannot_unpickle_fails_that_task_alone(c, a, b):
+    class Bomb:
+        def __reduce__(self):
+            return int, ("no number",)
+
+    good, bad = c.submit(abs, -1), c.submit(abs, Bomb(), key="the-bomb")
+    with pytest.raises(RuntimeError, match="the-bomb") as info:
+        await bad
+    assert type(info.value.__cause__) is ValueError
+    assert await good == 1 and await c.submit(abs, -2) == 2
+
+
+@on_cluster
+async def test_a_result_that_cannot_be_pickled_fails_alone_and_says_which(c, a, b):
+    lock, good = c.submit(threading.Lock, key="the-lock"), c.submit(abs, -1)
+    with pytest.raises(TypeError, match="the-lock.*pickle"):
+        await lock
+    assert await good == 1
+
+
+@on_cluster
+async def test_what_cannot_be_pickled_is_refused_at_the_call_and_named(c, a, b):
+    lock = threading.Lock()
+    with pytest.raises(TypeError, match="argument 1 of abs"):
+        c.submit(abs, 1, lock)
+    with pytest.raises(TypeError, match="argument 'mod' of pow"):
+        c.map(pow, [1], [2], mod=lock)
+    with pytest.raises(TypeError, match="function '.*lambda"):
+        c.submit(lambda: lock)
+
+
+@on_cluster
+async def test_a_closed_client_keeps_its_values_cancels_the_rest_and_refuses_calls(c, a, b):
+    here, pending = c.submit(abs, -1), c.submit(through, 0)
+    assert await here == 1
+    await c.close()
+    await c.close()
+    assert await here == 1 and pending.status == "cancelled"
+    for waiting in [pending.result(), pending.exception(), wait([pending])]:
+        with pytest.raises(minidist.CancelledError, match="closed"):
+            await waiting
+    assert issubclass(minidist.CancelledError, concurrent.futures.CancelledError)
+    for call in [lambda: c.submit(abs, 1), lambda: c.map(abs, [1])]:
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
+
+
+@on_cluster
+async def test_a_lost_result_is_computed_again(c, a, b):
+    GATES[0].set()
+    futures = c.map(through, [0] * 20, range(20))
+    await wait(futures)
+    await b.close()
+    assert await c.gather(futures) == list(range(20))
+
+
+@on_cluster
+async def test_tasks_wait_while_no_worker_is_there(c, a, b):
+    await a.close()
+    await b.close()
+    x = c.submit(abs, -1)
+    with pytest.raises(TimeoutError):
+        await x.result(timeout=0.05)
+    async with Worker(c._address, nthreads=1):
+        assert await x == 1
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.tuples(st.integers(), st.lists(st.integers(0, 30))), min_size=1, max_size=30))
+def test_a_random_graph_gives_what_plain_python_gives(kind, nodes):
+    async def graph(c, a, b):
+        futures, values = [], []
+        for number, inputs in nodes:
+            inputs = [i % len(values) for i in inputs if values]
+            futures.append(c.submit(lambda n, x: n + sum(x), number, [futures[i] for i in inputs]))
+            values.append(number + sum(values[i] for i in inputs))
+        assert await c.gather(futures) == values
+
+    asyncio.run(run_on(kind, graph))
+
+
+@settings(deadline=None, max_examples=50)
+@given(plain, plain)
+def test_equal_calls_have_equal_keys_and_others_have_not(x, y):
+    assume(repr(x) != repr(y))
+
+    async def main():
+        async with (
+            minidist.Scheduler() as s,
+            Client(s.address, asynchronous=True) as c,
+            Client(s.address, asynchronous=True) as d,
+        ):
+            key = c.submit(max, x, key=None).key
+            assert key.startswith("max-")
+            assert key == c.submit(max, x).key == d.submit(max, x).key
+            other = [c.submit(max, y), c.submit(min, x), c.submit(max, x, x), c.submit(max, x=x)]
+            assert len({key, *(f.key for f in other)}) == 5
+
+    asyncio.run(main())
+
+
+def test_when_all_clients_are_gone_nothing_is_left_on_scheduler_and_workers():
+    async def main():
+        before = asyncio.all_tasks()
+        async with minidist.Scheduler() as s, Worker(s.address, nthreads=1) as a:
+            async with Client(s.address, asynchronous=True) as c:
+                futures = [*c.map(abs, range(5)), c.submit(int, "no number")]
+                futures.append(c.submit(abs, futures[0]))
+                await wait(futures)
+                assert len(s.state.tasks) == 7 and len(s.state.workers) == 1
+            await until(lambda: not s.state.tasks and not a.data)
+            s.state.validate()
+            threads = [t for t in threading.enumerate() if t.name.startswith("minidist-")]
+        for thread in threads:
+            thread.join(30)
+        assert threads and asyncio.all_tasks() == before
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+# ---- 12. Command line and processes ----
+
+
+@pytest.fixture
+def scheduler():
+    """A scheduler's process with its ``address``."""
+    with process(SCRIPT, "scheduler", "--port", 0) as p:
+        p.address = address_of(p)
+        yield p
+
+
+@pytest.fixture
+def listener():
+    """A socket for tasks to call: then the test knows which worker runs them."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(30)
+        yield listener
+
+
+def call_home(port, value):
+    """A task in another process that tells its pid to the test, and waits to be hung up on."""
+    with socket.create_connection(("127.0.0.1", port)) as home:
+        home.sendall(os.getpid().to_bytes(8, "big"))
+        home.recv(1)
+    return value
+
+
+def test_the_synchronous_client_computes_on_processes(scheduler):
+    with process(SCRIPT, "worker", scheduler.address.removeprefix("tcp://"), "--nthreads", 2):
+        with Client(scheduler.address) as c:
+            futures = c.map(pow, range(10), [2] * 10)
+            total = c.submit(sum, futures)
+            assert total.result(timeout=30) == 285
+            assert c.gather({"squares": futures})["squares"][-1] == 81
+            assert wait(futures).not_done == set()
+            with pytest.raises(ValueError):
+                c.submit(int, "no number").result()
+        c.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            c.submit(abs, 1)
+
+
+def test_a_killed_worker_costs_time_but_no_result(scheduler, listener):
+    port = listener.getsockname()[1]
+    worker = [SCRIPT, "worker", scheduler.address, "--nthreads", 1]
+    with process(*worker) as p, process(*worker) as q, Client(scheduler.address) as c:
+        address_of(p), address_of(q)
+        early = c.map(pow, range(50), [2] * 50)
+        wait(early)
+        total = c.submit(sum, [c.submit(call_home, port, 1000), *early])
+        running, _ = listener.accept()
+        pid = int.from_bytes(running.recv(8), "big")
+        os.kill(pid, signal.SIGKILL)
+        again, _ = listener.accept()  # The task runs on the other worker.
+        assert int.from_bytes(again.recv(8), "big") in {p.pid, q.pid} - {pid}
+        running.close(), again.close()
+        assert total.result(30) == 1000 + sum(n * n for n in range(50))
+        assert c.gather(early) == [n * n for n in range(50)]
+
+
+def test_a_lost_scheduler_ends_workers_and_futures_and_says_so(scheduler):
+    with process(SCRIPT, "worker", scheduler.address, "--nthreads", 1) as p:
+        address_of(p)
+        with Client(scheduler.address) as c:
+            here = c.submit(abs, -1)
+            assert here.result(30) == 1
+            pending = c.submit(signal.pause)
+            scheduler.kill()
+            with pytest.raises(minidist.CancelledError, match="scheduler"):
+                pending.result(30)
+            assert here.result() == 1
+            with pytest.raises(ConnectionError, match=scheduler.address):
+                c.submit(abs, 1)
+        assert p.wait(30) == 1
+        assert p.stderr.read().strip().splitlines()[-1].endswith("is gone")
+
+
+def test_a_wrong_secret_is_refused_in_one_line_that_says_where_it_is_looked_for(scheduler):
+    with process(SCRIPT, "worker", scheduler.address, MINIDIST_TOKEN="wrong") as p:
+        _, err = p.communicate(timeout=30)
+        assert p.returncode == 1
+        assert "MINIDIST_TOKEN" in err and len(err.splitlines()) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINIDIST_TOKEN", "wrong")
+        with pytest.raises(PermissionError, match="MINIDIST_TOKEN"):
+            Client(scheduler.address)
+    with Client(scheduler.address):
+        pass  # It still serves those who hold the secret.
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_workers_and_schedulers_at_once_and_without_a_traceback(
+    scheduler, listener, number
+):
+    with process(SCRIPT, "worker", scheduler.address, "--nthreads", 1) as worker:
+        with Client(scheduler.address) as c:
+            f = c.submit(call_home, listener.getsockname()[1], "never")
+            home, _ = listener.accept()  # It runs now; nobody waits for it.
+            for p in [worker, scheduler]:
+                p.send_signal(number)
+                _, err = p.communicate(timeout=30)
+                assert p.returncode == 0 and "Traceback" not in err
+            home.close()
+            with pytest.raises(minidist.CancelledError):
+                f.result(30)

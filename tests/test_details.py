@@ -1,0 +1,400 @@
+"""Details of chapters 5 to 12, for which the textbook has no room."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import operator
+import os
+import pickle
+import re
+import signal
+import socket
+import sys
+import threading
+import traceback
+
+import pytest
+
+import minidist
+from minidist import (
+    LIMITS,
+    Client,
+    ProtocolError,
+    RemoteError,
+    Worker,
+    pack,
+    pack_exception,
+    unpack_exception,
+    wait,
+)
+from test_minidist import (  # noqa: F401
+    GATES,
+    ROOT,
+    RUNS,
+    SCRIPT,
+    address_of,
+    call_home,
+    environment,
+    listener,
+    on_cluster,
+    process,
+    read,
+    scheduler,
+    slow_pow,
+    through,
+    until,
+)
+
+deep = functools.reduce(lambda key, _: ("x", key), range(900), ())
+
+
+@pytest.mark.parametrize(
+    "key", [["x", {}], ["x", None], [], deep], ids=["{}", "None", "()", "deep"]
+)
+def test_what_is_no_key_is_a_protocol_error(key):
+    message = {"op": "fetch-missed", "key": key, "want": 1, "attempt": 1, "holders": []}
+    with pytest.raises(ProtocolError):
+        read(pack([message]), "client")
+
+
+def test_sizes_are_bounded_before_anything_is_read():
+    too_long = minidist.PREFIX.pack(LIMITS["header_bytes"] + 1, 0)
+    header = f"[[],[{LIMITS['frame_bytes'] + 1}]]".encode()
+    too_large = minidist.PREFIX.pack(len(header), LIMITS["frame_bytes"] + 1) + header
+    for stream in [too_long, too_large]:
+        with pytest.raises(ProtocolError):
+            read([stream], "client")
+
+
+def test_large_frames_arrive_in_a_writable_buffer_of_their_own():
+    frames = [b"small", b"x" * 300_000, b"y" * 200_000]
+    message = {"op": "data", "key": "k", "attempt": 1, "status": "ok", "value": frames}
+    ((got,),) = read([b"".join(pack([message]))], "holder")
+    assert list(got["value"]) == frames
+    got["value"][1][0] = 0
+
+
+def test_the_context_of_an_exception_arrives_too_unless_it_is_suppressed():
+    def fail(suppress):
+        try:
+            {}["inner"]
+        except KeyError:
+            if suppress:
+                raise ValueError("outer") from None
+            raise ValueError("outer")  # noqa: B904
+
+    for suppress in [False, True]:
+        with pytest.raises(ValueError) as info:
+            fail(suppress)
+        got = unpack_exception(pack_exception(info.value))
+        assert got.__cause__ is None
+        text = "".join(traceback.format_exception(got))
+        assert ("During handling" in text) is not suppress
+
+
+def test_the_traceback_of_an_exception_names_files_lines_and_functions():
+    def inner():
+        raise ValueError("deep")
+
+    with pytest.raises(ValueError) as info:
+        inner()
+    got = unpack_exception(pack_exception(info.value))
+    there, here = (
+        [(f.filename, f.lineno, f.name) for f in traceback.extract_tb(e.__traceback__)]
+        for e in [info.value, got]
+    )
+    assert here == there and here[-1][2] == "inner"
+
+
+class NeedsTwo(Exception):
+    def __init__(self, first, second):
+        super().__init__(first)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("the text", threading.Lock()), NeedsTwo("the text", 2)]
+)
+def test_an_exception_that_cannot_be_pickled_is_replaced_by_its_description(error):
+    got = unpack_exception(pack_exception(error))
+    assert type(got) is RemoteError
+    assert type(error).__name__ in str(got) and "the text" in str(got)
+
+
+@on_cluster
+async def test_a_string_that_looks_like_a_key_stays_a_string(c, a, b):
+    x = c.submit(abs, -1, key="x")
+    assert await c.submit(lambda *args: args, "x", x) == ("x", 1)
+
+
+@on_cluster
+async def test_map_takes_futures_as_items_and_in_keyword_arguments(c, a, b):
+    x, y = c.map(abs, [-1, -2])
+    assert await c.gather(c.map(lambda i, base: i + base, [x, y], base=y)) == [3, 4]
+
+
+@on_cluster
+async def test_map_names_its_tasks_by_a_prefix_or_a_list_of_keys(c, a, b):
+    assert [f.key for f in c.map(abs, [1, 2], key=["one", ("two", 2)])] == ["one", ("two", 2)]
+    first, second = c.map(abs, [1, 2], key="prefix")
+    assert first.key != second.key and first.key.startswith("prefix-")
+    assert await c.gather([first, second]) == [1, 2]
+
+
+@on_cluster
+async def test_gather_does_not_wait_for_others_when_one_has_failed(c, a, b):
+    pending, bad = c.submit(through, 0), c.submit(int, "no number")
+    with pytest.raises(ValueError):
+        await c.gather([pending, bad])
+    assert pending.status == "pending"
+
+
+@on_cluster
+async def test_wait_can_return_at_the_first_that_is_done(c, a, b):
+    pending, good = c.submit(through, 0), c.submit(abs, -1)
+    done, not_done = await wait([pending, good], return_when="FIRST_COMPLETED")
+    assert (done, not_done) == ({good}, {pending})
+
+
+@on_cluster
+async def test_what_takes_longer_than_its_timeout_raises_the_builtin_timeout_error(c, a, b):
+    pending = c.submit(through, 0, "late")
+    for late in [
+        wait([pending], timeout=0.01),
+        wait(pending, timeout="10 ms"),
+        pending.result(timeout=0.01),
+        pending.result("0.01s"),
+        pending.exception(timeout=0.01),
+        pending.traceback(timeout=0.01),
+    ]:
+        with pytest.raises(TimeoutError):
+            await late
+    GATES[0].set()
+    assert await pending.result(timeout=30) == "late"  # The task went on.
+
+
+@on_cluster
+async def test_futures_are_equal_only_to_themselves(c, a, b):
+    x, y = c.submit(abs, -1), c.submit(abs, -1)
+    assert x.key == y.key and x != y and len({x, y}) == 2
+
+
+@on_cluster
+async def test_impure_calls_run_each_time(c, a, b):
+    GATES[0].set()
+    futures = [c.submit(through, 0, "x", pure=False) for _ in range(3)]
+    futures += c.map(through, [0, 0], ["x", "x"], pure=False)
+    await c.gather(futures)
+    assert RUNS == ["x"] * 5 and len({f.key for f in futures}) == 5
+
+
+@on_cluster
+async def test_the_first_call_of_a_key_wins(c, a, b):
+    first, second = c.submit(abs, -1, key="k"), c.submit(abs, -2, key="k")
+    assert await c.gather([first, second]) == [1, 1]
+
+
+@on_cluster
+async def test_an_input_is_kept_for_the_task_that_needs_it(c, a, b):
+    x = c.submit(through, 0, 1)
+    y = c.submit(operator.add, x, 1)
+    x.release()
+    del x
+    GATES[0].set()
+    assert await y == 2
+
+
+@on_cluster
+async def test_an_error_in_an_input_is_the_error_of_its_dependents(c, a, b):
+    bad = c.submit(slow_pow, 10, "0.5")
+    last = c.submit(abs, c.submit(abs, bad))
+    del bad
+    with pytest.raises(TypeError) as info:
+        await last
+    assert traceback.extract_tb(info.tb)[-1].name == "slow_pow"
+
+
+@on_cluster
+async def test_even_an_exit_of_a_task_is_only_its_error(c, a, b):
+    with pytest.raises(SystemExit):
+        await c.submit(sys.exit, 3)
+    assert await c.submit(abs, -1) == 1
+
+
+@on_cluster
+async def test_bad_calls_are_refused_at_the_call(c, a, b):
+    x, y = c.map(abs, [-1, -2])
+    for bad in [
+        lambda: c.submit(5),
+        lambda: c.submit(abs, 1, key=5),
+        lambda: c.submit(abs, 1, priority="high"),
+        lambda: c.map(abs),
+        lambda: c.map(abs, [1, 2], key=["only one"]),
+        lambda: c.map(abs, x),
+        lambda: c.gather([x], errors="ignore"),
+        lambda: wait(x, y),
+        lambda: wait([x], return_when="SOMETIMES"),
+        lambda: x.result(timeout="soon"),
+        lambda: pickle.dumps(x),
+    ]:
+        with pytest.raises((TypeError, ValueError)):
+            bad()
+
+
+@on_cluster
+async def test_options_of_dask_that_are_not_built_are_refused_by_name(c, a, b):
+    for option in ["resources", "retries", "workers", "allow_other_workers", "actor"]:
+        with pytest.raises(TypeError, match=option):
+            c.submit(abs, 1, **{option: None})
+        with pytest.raises(TypeError, match=option):
+            c.map(abs, [1], **{option: None})
+    with pytest.raises(TypeError, match="fifo_timeout"):
+        c.submit(abs, 1, fifo_timeout=1)
+    with pytest.raises(TypeError, match="batch_size"):
+        c.map(abs, [1], batch_size=1)
+
+
+@on_cluster
+async def test_a_future_of_another_client_is_refused(c, a, b):
+    async with Client(c._address, asynchronous=True) as d:
+        x = d.submit(abs, -1)
+        with pytest.raises(ValueError, match="another client"):
+            await c.gather([x])
+        with pytest.raises(ValueError, match="another client"):
+            c.submit(abs, x)
+
+
+def test_a_client_without_an_address_or_with_an_unknown_keyword_is_refused():
+    with pytest.raises(TypeError, match="address"):
+        Client()
+    with pytest.raises(TypeError, match="colour"):
+        Client("127.0.0.1:1", colour="red")
+
+
+def test_where_no_scheduler_is_a_client_gives_up_in_time_and_names_the_address():
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # Bound but not listening: refuses.
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(OSError, match=address):
+            Client(address, timeout=0.2)
+
+
+def test_who_is_silent_in_the_handshake_is_dropped(monkeypatch):
+    monkeypatch.setitem(LIMITS, "handshake_seconds", 0.05)
+
+    async def main():
+        async with minidist.Scheduler() as s:
+            reader, writer = await asyncio.open_connection(*minidist.split_address(s.address))
+            await asyncio.wait_for(reader.read(), 10)
+            writer.close()
+
+    asyncio.run(main())
+
+
+def test_who_runs_another_python_is_refused_with_both_versions():
+    theirs = minidist.HELLO.pack(minidist.MAGIC, minidist.PROTOCOL, 3, 5, 0, bytes(32))
+    with pytest.raises(PermissionError, match=rf"3\.5.*3\.{sys.version_info[1]}"):
+        minidist.check_hello(theirs)
+
+
+def test_a_data_connection_reaches_only_the_worker_process_that_it_means():
+    async def main():
+        async with minidist.Scheduler() as s, Worker(s.address, nthreads=1) as a:
+            with pytest.raises(ConnectionError):
+                await minidist.connect(a.address, "client", f"{a.address}#another")
+
+    asyncio.run(main())
+
+
+def test_a_synchronous_client_serves_many_threads(scheduler):
+    def use(n):
+        return c.submit(operator.add, c.submit(abs, -n), 1).result(30)
+
+    with process(SCRIPT, "worker", scheduler.address), Client(scheduler.address) as c:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(use, range(100))) == list(range(1, 101))
+
+
+def test_a_call_from_the_own_loop_of_a_synchronous_client_raises(scheduler):
+    async def from_the_loop():
+        with pytest.raises(RuntimeError, match="deadlock"):
+            pending.result()
+        with pytest.raises(RuntimeError, match="deadlock"):
+            c.gather([pending])
+        with pytest.raises(RuntimeError, match="deadlock"):
+            c.close()
+
+    with Client(scheduler.address) as c:
+        pending = c.submit(abs, -1)
+        asyncio.run_coroutine_threadsafe(from_the_loop(), c._loop).result(30)
+
+
+def test_a_name_in_use_is_refused_with_exit_code_1(scheduler):
+    worker = [SCRIPT, "worker", scheduler.address, "--nthreads", 1, "--name", "alice"]
+    with process(*worker) as first:
+        address_of(first)
+        with process(*worker) as second:
+            _, err = second.communicate(timeout=30)
+            assert second.returncode == 1
+            assert "alice" in err and len(err.splitlines()) == 1
+        with Client(scheduler.address) as c:
+            assert c.submit(os.getpid).result(30) == first.pid
+
+
+def test_a_port_that_was_asked_for_and_is_in_use_is_an_error(scheduler):
+    port = scheduler.address.rpartition(":")[2]
+    with process(SCRIPT, "scheduler", "--port", port) as second:
+        _, err = second.communicate(timeout=30)
+        assert second.returncode == 1
+        assert port in err and len(err.splitlines()) == 1
+
+
+def test_the_next_port_is_taken_with_a_warning_when_the_default_one_is_in_use():
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # Somebody else may have it: as good.
+            stack.enter_context(socket.create_server(("127.0.0.1", 8786)))
+        p = stack.enter_context(process(SCRIPT, "scheduler"))
+        assert int(address_of(p).rpartition(":")[2]) > 8786
+        assert "8786" in p.stderr.readline()
+
+
+def test_a_scheduler_for_all_hosts_prints_an_address_that_others_can_reach():
+    with process(SCRIPT, "scheduler", "--port", 0, "--host", "0.0.0.0") as p:
+        address = address_of(p)
+        assert "0.0.0.0" not in address
+        with process(SCRIPT, "worker", address), Client(address) as c:
+            assert c.submit(abs, -1).result(30) == 1
+
+
+def test_a_worker_started_before_its_scheduler_keeps_trying_and_says_so_once():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with process(SCRIPT, "worker", f"127.0.0.1:{port}") as worker:
+        assert str(port) in worker.stderr.readline()
+        with process(SCRIPT, "scheduler", "--port", port):
+            address_of(worker)
+            worker.send_signal(signal.SIGTERM)
+            assert "trying" not in worker.communicate(timeout=30)[1]
+
+
+def test_modules_in_the_current_directory_of_a_worker_are_importable(
+    scheduler, tmp_path, monkeypatch
+):
+    (tmp_path / "beside_the_user.py").write_text("def double(x):\n    return 2 * x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import beside_the_user
+
+    with process(SCRIPT, "worker", scheduler.address, cwd=tmp_path), Client(scheduler.address) as c:
+        assert c.submit(beside_the_user.double, 21).result(30) == 42
+
+
+@pytest.mark.parametrize(
+    "command, flags",
+    [("scheduler", ["--host", "--port"]), ("worker", ["IP:PORT", "--nthreads", "--name"])],
+)
+def test_help_explains_every_flag(command, flags):
+    with process(SCRIPT, command, "--help") as p:
+        out, _ = p.communicate(timeout=30)
+        assert p.returncode == 0
+        for flag in flags:
+            assert re.search(rf"^  {flag}.*\s\w+", out, re.MULTILINE), flag
