@@ -2220,7 +2220,8 @@ class Scheduler:
                     getattr(self.state, STIMULI[op])(peer, **message)
                 self.flush()
         except (PermissionError, ProtocolError) as error:
-            logger.warning("Refused %s: %s", writer.get_extra_info("peername"), error)
+            peername = peer or writer.get_extra_info("peername")
+            logger.warning("Refused %s: %s", peername, error)
         except (OSError, EOFError, TimeoutError, asyncio.CancelledError):
             pass  # The peer is gone, or we are; what that means is the mind's business.
         except Exception:
@@ -2858,6 +2859,9 @@ class Client:
         try:
             async with asyncio.timeout(timeout):
                 await ready
+        except TimeoutError:
+            text = f"{len(left)} of {len(states)} futures are not done after {timeout} s"
+            raise TimeoutError(text) from None
         finally:
             for state in watched:
                 watchers = self._watchers[state]

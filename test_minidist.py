@@ -22,7 +22,6 @@ import functools
 import json
 import operator
 import os
-import pickle
 import random
 import re
 import signal
@@ -1482,21 +1481,6 @@ def test_an_object_arrives_as_it_was(obj):
     assert loads(dumps(obj)) == obj
 
 
-def test_a_function_without_an_importable_name_goes_by_value():
-    base = 10
-    assert loads(dumps(lambda x: base + x))(1) == 11
-
-
-def test_a_large_buffer_is_not_copied_into_the_pickle_and_arrives_writable():
-    data = bytearray(1000)
-    _, frame = frames = dumps(pickle.PickleBuffer(data))
-    data[0] = 7
-    assert frame[0] == 7, "the frame is the buffer itself"
-    copy = loads([frames[0], bytes(frame)])
-    memoryview(copy)[0] = 8
-    assert copy == bytes([8]) + bytes(999)
-
-
 @given(st.lists(st.tuples(st.sampled_from([ValueError, KeyError, OSError]), st.text()), min_size=1))
 def test_an_exception_arrives_with_its_causes(chain):
     error = None
@@ -1661,15 +1645,6 @@ async def test_wait_returns_when_all_are_done_whether_well_or_not(c, a, b):
 
 
 @on_cluster
-async def test_wait_can_return_at_the_first_exception(c, a, b):
-    pending, good = c.submit(through, 0), c.submit(abs, -1)
-    await good
-    bad = c.submit(int, "no number")
-    done, not_done = await wait([pending, good, bad], return_when="FIRST_EXCEPTION")
-    assert (done, not_done) == ({good, bad}, {pending})
-
-
-@on_cluster
 async def test_a_future_tells_its_key_and_status_and_what_it_will_be(c, a, b):
     pending, bad = c.submit(through, 0, 5, key=("x", 1)), c.submit(int, "no number", key="bad")
     assert pending.key == ("x", 1) and pending.status == "pending" and not pending.done()
@@ -1758,19 +1733,6 @@ async def test_an_exception_comes_back_as_itself_with_the_frames_of_the_worker(c
 
 
 @on_cluster
-async def test_an_exception_comes_back_with_its_cause(c, a, b):
-    def fail():
-        try:
-            slow_pow(1, "x")
-        except TypeError as error:
-            raise RuntimeError("outer") from error
-
-    error = await c.submit(fail).exception()
-    assert type(error.__cause__) is TypeError
-    assert traceback.extract_tb(error.__cause__.__traceback__)[-1].name == "slow_pow"
-
-
-@on_cluster
 async def test_an_argument_that_a_worker_cannot_unpickle_fails_that_task_alone(c, a, b):
     class Bomb:
         def __reduce__(self):
@@ -1825,17 +1787,6 @@ async def test_a_lost_result_is_computed_again(c, a, b):
     await wait(futures)
     await b.close()
     assert await c.gather(futures) == list(range(20))
-
-
-@on_cluster
-async def test_tasks_wait_while_no_worker_is_there(c, a, b):
-    await a.close()
-    await b.close()
-    x = c.submit(abs, -1)
-    with pytest.raises(TimeoutError):
-        await x.result(timeout=0.05)
-    async with Worker(c._address, nthreads=1):
-        assert await x == 1
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)

@@ -23,6 +23,8 @@ from minidist import (
     ProtocolError,
     RemoteError,
     Worker,
+    dumps,
+    loads,
     pack,
     pack_exception,
     unpack_exception,
@@ -398,3 +400,51 @@ def test_help_explains_every_flag(command, flags):
         assert p.returncode == 0
         for flag in flags:
             assert re.search(rf"^  {flag}.*\s\w+", out, re.MULTILINE), flag
+
+
+def test_a_function_without_an_importable_name_goes_by_value():
+    base = 10
+    assert loads(dumps(lambda x: base + x))(1) == 11
+
+
+@on_cluster
+async def test_wait_can_return_at_the_first_exception(c, a, b):
+    pending, good = c.submit(through, 0), c.submit(abs, -1)
+    await good
+    bad = c.submit(int, "no number")
+    done, not_done = await wait([pending, good, bad], return_when="FIRST_EXCEPTION")
+    assert (done, not_done) == ({good, bad}, {pending})
+
+
+@on_cluster
+async def test_an_exception_comes_back_with_its_cause(c, a, b):
+    def fail():
+        try:
+            slow_pow(1, "x")
+        except TypeError as error:
+            raise RuntimeError("outer") from error
+
+    error = await c.submit(fail).exception()
+    assert type(error.__cause__) is TypeError
+    assert traceback.extract_tb(error.__cause__.__traceback__)[-1].name == "slow_pow"
+
+
+@on_cluster
+async def test_tasks_wait_while_no_worker_is_there(c, a, b):
+    await a.close()
+    await b.close()
+    x = c.submit(abs, -1)
+    with pytest.raises(TimeoutError):
+        await x.result(timeout=0.05)
+    async with Worker(c._address, nthreads=1):
+        assert await x == 1
+
+
+def test_a_large_buffer_is_not_copied_into_the_pickle_and_arrives_writable():
+    data = bytearray(1000)
+    _, frame = frames = dumps(pickle.PickleBuffer(data))
+    data[0] = 7
+    assert frame[0] == 7, "the frame is the buffer itself"
+    copy = loads([frames[0], bytes(frame)])
+    memoryview(copy)[0] = 8
+    assert copy == bytes([8]) + bytes(999)
