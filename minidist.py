@@ -1752,7 +1752,7 @@ class Connection:
                         await asyncio.wait_for(self.writer.drain(), LIMITS["stall_seconds"])
         except (OSError, TimeoutError):
             self.writer.transport.abort()
-        self.flushing = False
+        self.flushing, self.writing = False, None
 
     async def receive(self):
         """The messages of the next batch."""
@@ -1761,7 +1761,10 @@ class Connection:
     async def close(self):
         """Write what waits, then close."""
         while self.flushing and not self.writer.is_closing():
-            await (self.writing or asyncio.sleep(0))
+            if self.writing is None:
+                await asyncio.sleep(0)  # The flush is due in this turn or the next.
+            else:
+                await self.writing
         self.writer.close()
         try:
             await asyncio.wait_for(self.writer.wait_closed(), 1)
@@ -2098,12 +2101,20 @@ def pack_exception(error, skip=0):
             pickle.loads(data)  # Many exceptions can be pickled, but not unpickled.
         except Exception:
             data = b""
-        text = f"{type(error).__module__}.{type(error).__qualname__}: {error}"
+        text = f"{type_name(error)}: {printed(error)}"
         links.append((relation, data, text, places[skip:]))
         skip, relation = 0, "cause" if error.__cause__ is not None else "context"
         suppressed = error.__suppress_context__ and error.__cause__ is None
         error = None if suppressed else error.__cause__ or error.__context__
     return (pickle.dumps(links, protocol=5),)
+
+
+def printed(error):
+    """The exception's own words, if it has any: even ``str`` may raise."""
+    try:
+        return str(error)
+    except Exception as another:
+        return f"(its text raises {type_name(another)})"
 
 
 def unpack_exception(frames):
@@ -2376,6 +2387,8 @@ class Worker:
                 batch = await self.scheduler.receive()
         except (OSError, EOFError):
             logger.info("The scheduler at %s is gone", self.scheduler_address)
+        except Exception:
+            logger.exception("What the scheduler at %s sent cannot be", self.scheduler_address)
 
     def tell_mind(self, stimulus, *args, **fields):
         with self.lock:
@@ -2428,9 +2441,9 @@ class Worker:
             start = time.perf_counter_ns()
             result = func(*args, **kwargs)
             duration_us = (time.perf_counter_ns() - start) // 1000
+            nbytes, value = sizeof(result), ()
         except BaseException as error:
             return "stimulus_failed", None, (attempt.number, pack_exception(error, skip=1))
-        nbytes, value = sizeof(result), ()
         if attempt.wanted and nbytes <= LIMITS["ride_along_bytes"]:
             with contextlib.suppress(Exception):  # It will fail whoever asks for it.
                 value = dumps(result)
@@ -2744,8 +2757,11 @@ class Client:
                     if op == "worker-left":
                         self._peers.left(message["worker"])
                 self._flush()
-        except (OSError, EOFError, ProtocolError):
-            self._end(ConnectionError, f"the scheduler at {self._address} is gone")
+        except (OSError, EOFError):
+            pass
+        except Exception:
+            logger.exception("What the scheduler at %s sent cannot be", self._address)
+        self._end(ConnectionError, f"the scheduler at {self._address} is gone")
 
     # The inbox.
 
@@ -2917,6 +2933,8 @@ class Client:
         """What both ``submit`` and ``map`` refuse."""
         if self._ended:
             raise self._ended[0](self._ended[1])
+        if self._pid != os.getpid():
+            raise RuntimeError("this client belongs to the parent process: make one of your own")
         if not callable(func):
             raise TypeError(f"the first argument must be callable, {func!r:.80} is not")
         if type(priority) is not int:

@@ -448,3 +448,63 @@ def test_a_large_buffer_is_not_copied_into_the_pickle_and_arrives_writable():
     copy = loads([frames[0], bytes(frame)])
     memoryview(copy)[0] = 8
     assert copy == bytes([8]) + bytes(999)
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise KeyError("no words")
+
+    def __reduce__(self):
+        raise KeyError("no pickle")
+
+
+class Unmeasurable:
+    @property
+    def nbytes(self):
+        raise OSError("no size")
+
+
+def raise_unprintable():
+    raise Unprintable
+
+
+@on_cluster
+async def test_what_cannot_be_printed_or_measured_fails_its_own_task_only(c, a, b):
+    with pytest.raises(RemoteError, match="Unprintable"):
+        await c.submit(raise_unprintable)
+    with pytest.raises(OSError, match="no size"):
+        await c.submit(Unmeasurable)
+    assert await c.gather(c.map(abs, range(-5, 0))) == [5, 4, 3, 2, 1]
+
+
+@on_cluster
+async def test_a_timeout_says_how_many_futures_it_left_undone(c, a, b):
+    with pytest.raises(TimeoutError, match="2 of 3 futures"):
+        await wait([c.submit(abs, -1), c.submit(through, 0), c.submit(through, 0, 1)], "100 ms")
+
+
+def test_a_connection_writes_what_waits_before_it_closes():
+    frames = [b"x" * 3_000_000] * 2
+
+    async def main():
+        got = asyncio.get_running_loop().create_future()
+
+        async def serve(reader, writer):
+            connection = await minidist.accept(reader, writer, "holder")
+            got.set_result([*await connection.receive(), *await connection.receive()])
+            writer.close()
+
+        server = await minidist.listen(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        connection = await minidist.connect(f"127.0.0.1:{port}", "worker")
+        connection.send({"op": "task-erred", "attempt": 1, "exception": frames})
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        connection.send({"op": "task-erred", "attempt": 2, "exception": ()})
+        await connection.close()
+        server.close()
+        return await got
+
+    messages = asyncio.run(main())
+    assert [message["attempt"] for message in messages] == [1, 2]
+    assert list(messages[0]["exception"]) == frames
