@@ -873,6 +873,7 @@ class SchedulerMind(Mind):
         """[11] A worker says that an attempt has made its value, and that it holds it."""
         ws = self.workers[worker]
         ts, current = self.end_attempt(ws, attempt)
+        # dask: a task prefix also keeps counts and a moving average of result sizes.
         average = self.durations.get(ts.name, duration_us)
         self.durations[ts.name] = (average + duration_us) // 2
         if len(self.durations) > LIMITS["known_durations"]:
@@ -974,6 +975,7 @@ class SchedulerMind(Mind):
         Room is measured in time: a task for each thread, and beyond that about a millisecond of
         known-short ones.  So microsecond tasks run hundreds deep, and none waits behind an hour.
         """
+        # dask: tasks are sent by number (worker-saturation), and queues live on the workers.
         if ws.load <= FREE:
             return True
         if self.estimate(ts) <= ROOM_US:
@@ -2605,6 +2607,7 @@ class Future:
 
     def __reduce__(self):
         if CONTEXT.collected is None:
+            # dask: a Future may be pickled anywhere; it binds itself to its worker's client later.
             text = "a Future can be pickled only inside the arguments of submit or map"
             raise TypeError(f"{text}: pass {self.key!r} as an argument, or gather it first")
         CONTEXT.collected[self] = None
@@ -2977,6 +2980,7 @@ class Client:
             raise ValueError(f"errors={errors!r} is neither 'raise' nor 'skip'")
         if isinstance(futures, collections.abc.Iterator):
             futures = list(futures)
+        # dask: gathers by way of the scheduler unless direct=True; here always from the workers.
         leaves = list(leaves_of(futures))
         for future in leaves:
             if future.client is not self:
@@ -3045,6 +3049,7 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED):
     """
     if timeout is not None and not isinstance(timeout, (int, float, str)):
         raise TypeError("wait takes one collection of futures: wait([x, y]), not wait(x, y)")
+    # dask: FIRST_EXCEPTION is not implemented there.
     if return_when not in (ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION):
         raise ValueError(f"return_when={return_when!r} is unknown")
     futures = list(leaves_of(fs))
