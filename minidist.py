@@ -138,7 +138,7 @@ def to_key(value, frames=()):
 
 
 def to_names(value, frames=()):
-    """[[key, number], ...] as a list of tuples: values by attempt, or tasks by want."""
+    """Rows of [key, number] as a list of tuples: values by attempt, or tasks by want."""
     return [(to_key(key), exactly(int, number)) for key, number in value]
 
 
@@ -873,7 +873,6 @@ class SchedulerMind(Mind):
         """[11] A worker says that an attempt has made its value, and that it holds it."""
         ws = self.workers[worker]
         ts, current = self.end_attempt(ws, attempt)
-        # dask: a task prefix also keeps counts and a moving average of result sizes.
         average = self.durations.get(ts.name, duration_us)
         self.durations[ts.name] = (average + duration_us) // 2
         if len(self.durations) > LIMITS["known_durations"]:
@@ -975,7 +974,7 @@ class SchedulerMind(Mind):
         Room is measured in time: a task for each thread, and beyond that about a millisecond of
         known-short ones.  So microsecond tasks run hundreds deep, and none waits behind an hour.
         """
-        # dask: tasks are sent by number (worker-saturation), and queues live on the workers.
+        # dask: room is a number of tasks for each thread (worker-saturation), not a time.
         if ws.load <= FREE:
             return True
         if self.estimate(ts) <= ROOM_US:
