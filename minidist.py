@@ -192,8 +192,7 @@ class Op:
 
     def __init__(self, line):
         route, _, fields = line.partition(",")
-        senders, _, receivers = route.partition(" > ")
-        self.senders, self.receivers = set(senders.split("|")), set(receivers.split("|"))
+        self.senders = set(route.partition(" > ")[0].split("|"))
         self.fields = dict(field.split(":") for field in fields.split())
         self.names = ("op", *self.fields)
         self.conversions = [(f, KINDS[k][1]) for f, k in self.fields.items() if KINDS[k][1]]
