@@ -21,24 +21,22 @@ nothing.  A reader who wants to know how such a system works may stop after part
 
 The life of one ``submit()``.  Each method opens its docstring with its number in brackets:
 
-    1. Client.submit                                pickles the call and names it
-    2. ClientMind.stimulus_submit                   numbers a new want, and tells the scheduler
-    3. Connection.send                              batches messages until the loop's turn ends
-    4. Scheduler.serve                              checks the message, calls what its op names
-    5. SchedulerMind.stimulus_submit                a task: released, waiting, then queued
-    6. SchedulerMind.transition_queued_processing   a worker has room: a numbered attempt is sent
-    7. WorkerMind.stimulus_compute_task             the inputs are fetched from other workers
-    8. WorkerMind.stimulus_take                     a free thread takes the next ready attempt
-    9. Worker.run_task                              unpickles the call and runs it
-    10. WorkerMind.stimulus_finished                holds the value, tells the scheduler
-    11. SchedulerMind.stimulus_task_finished        wakes dependents, tells the clients
-    12. ClientMind.stimulus_key_in_memory           the future is finished
+    1. Client.submit                          pickles the call and names it
+    2. ClientMind.stimulus_submit             numbers a new want, and tells the scheduler
+    3. Connection.send                        batches messages until the loop's turn ends
+    4. Body.follow                            checks the message, calls what its op names
+    5. SchedulerMind.stimulus_submit          a task: released, waiting, then queued
+    6. SchedulerMind.enter_processing         a worker has room: a numbered attempt is sent
+    7. WorkerMind.stimulus_compute_task       the inputs are fetched from other workers
+    8. WorkerMind.stimulus_take               a free thread takes the next ready attempt
+    9. Worker.run_task                        unpickles the call and runs it
+    10. WorkerMind.stimulus_finished          holds the value, tells the scheduler
+    11. SchedulerMind.stimulus_task_finished  wakes dependents, tells the clients
+    12. ClientMind.stimulus_key_in_memory     the future is finished
 """
 
 import argparse
 import asyncio
-import collections
-import collections.abc
 import concurrent.futures
 import contextlib
 import functools
@@ -48,9 +46,9 @@ import heapq
 import hmac
 import json
 import logging
+import math
 import os
 import pickle
-import queue
 import re
 import signal
 import socket
@@ -58,18 +56,18 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import types
-import uuid
 import warnings
-from collections import OrderedDict, deque
+from collections import OrderedDict, deque, namedtuple
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, count, islice
 
 import cloudpickle
 
 # ============ Part one, what it decides: no I/O, no clock, no randomness, no callbacks ============
 
-# ---- 1. Vocabulary: LIMITS, MESSAGES, check_message, Queue, Mind ----
+# ---- 1. Vocabulary: LIMITS, MESSAGES, check_message, Queue, Mind, FetchingMind ----
 #
 # The words that the other chapters share.  A *task* is a call with a key.  An *attempt* is one try
 # to compute a task on one worker; the scheduler numbers it.  A *want* is a client's wish to have
@@ -83,44 +81,41 @@ LIMITS = {
     "batch_messages": 1000,  # messages in one batch: no loop stalls over one
     "handshake_seconds": 10,
     "ride_along_bytes": 64 << 10,  # a result up to this size travels with its notice
-    "request_bytes": 64 << 20,  # values asked of one holder in one request
     "holders": 8,  # replicas named to whoever fetches, or weighed when a worker is chosen
     "known_durations": 10_000,  # function names whose duration the scheduler remembers
     "story": 10_000,  # transitions that a mind remembers
     "argument_bytes": 10_000_000,  # larger arguments of one call get a warning
-    "stall_seconds": 30,  # a peer that takes no byte for so long ...
-    "outbox_bytes": 256 << 20,  # ... while more than this waits for it, is dropped
+    "stall_seconds": 30,  # a peer that takes no byte for so long is dropped
 }
 
-MESSAGES = {  # {op: "sender > receiver, field:kind, ..."}; the kinds are defined in KINDS below
+SCHEDULER = "scheduler"  # the peer, seen from clients and workers
+
+MESSAGES = {  # {op: "sender > receiver: fields"}; the fields' kinds are in FIELDS below
     # A client and the scheduler: one ordered stream.
-    "register-client": "client > scheduler, id:str wants:names",
-    "submit": "client > scheduler, key:key want:int name:str run_spec:frames inputs:names priority:int",
-    "release-keys": "client > scheduler, wants:names",
-    "fetch-missed": "client > scheduler, key:key want:int attempt:int holders:strs",
-    "key-in-memory": "scheduler > client, key:key want:int attempt:int nbytes:int type:str holders:strs value:frames",
-    "key-lost": "scheduler > client, key:key want:int",
-    "key-erred": "scheduler > client, key:key want:int exception:frames text:str",
-    "key-cancelled": "scheduler > client, key:key want:int text:str",
-    "warning": "scheduler > client, text:str",
+    "register-client": "client > scheduler: id wants",
+    "submit": "client > scheduler: key want name run_spec inputs priority",
+    "release-keys": "client > scheduler: names",
+    "fetch-missed": "client > scheduler: key want attempt holders",
+    "key-in-memory": "scheduler > client: key want attempt nbytes type holders value",
+    "key-lost": "scheduler > client: key want",
+    "key-erred": "scheduler > client: key want exception text",
+    "key-cancelled": "scheduler > client: key want text",
+    "warning": "scheduler > client: text",
     # A worker and the scheduler: one ordered stream.
-    "register-worker": "worker > scheduler, id:str name:str nthreads:int values:names attempts:ints",
-    "compute-task": "scheduler > worker, key:key attempt:int name:str run_spec:frames inputs:inputs priority:ints wanted:bool",
-    "task-finished": "worker > scheduler, attempt:int nbytes:int type:str duration_us:int value:frames",
-    "task-erred": "worker > scheduler, attempt:int exception:frames",
-    "task-returned": "worker > scheduler, attempt:int misses:misses",
-    "add-keys": "worker > scheduler, values:names",
-    "free-keys": "scheduler > worker, values:names",
+    "register-worker": "worker > scheduler: id name nthreads values attempts",
+    "compute-task": "scheduler > worker: key attempt name run_spec places order wanted",
+    "task-finished": "worker > scheduler: attempt nbytes type duration_us value",
+    "task-erred": "worker > scheduler: attempt exception",
+    "task-returned": "worker > scheduler: attempt misses",
+    "add-keys": "worker > scheduler: names",
+    "free-keys": "scheduler > worker: names",
     # The scheduler to either.
-    "registered": "scheduler > client|worker,",
-    "refused": "scheduler > client|worker, text:str",
-    "worker-left": "scheduler > client|worker, worker:str",
+    "registered": "scheduler > client|worker:",
+    "refused": "scheduler > client|worker: text",
+    "worker-left": "scheduler > client|worker: worker",
     # A data connection, to any worker.
-    "get-data": "client|worker > holder, values:names",
-    "data": "holder > client|worker, key:key attempt:int status:str value:frames",
-    # A worker's mind to its own body: never on a wire.
-    "ready": "mind > body,",
-    "drop": "mind > body, values:names",
+    "get-data": "client|worker > holder: names",
+    "data": "holder > client|worker: key attempt status value",
 }
 
 
@@ -129,7 +124,7 @@ class ProtocolError(Exception):
 
 
 def to_key(value, frames=()):
-    """A key as the minds know it: JSON has no tuples, so a tuple travelled as a list."""
+    """JSON has no tuples, so a key that is one travelled as a list."""
     if type(value) is str:
         return value
     if type(value) is not list or not value:
@@ -137,142 +132,97 @@ def to_key(value, frames=()):
     return tuple([part if type(part) in (str, int, float) else to_key(part) for part in value])
 
 
-def to_names(value, frames=()):
-    """Rows of [key, number] as a list of tuples: values by attempt, or tasks by want."""
-    return [(to_key(key), exactly(int, number)) for key, number in value]
-
-
-def exactly(kind, value):
-    if type(value) is not kind:
-        raise TypeError(f"{value!r:.80} is no {kind.__name__}")
-    return value
-
-
 def to_frames(value, frames):
     """Places in the batch's table of frames, as the frames."""
-    return tuple([frames[exactly(int, place)] for place in value if place >= 0])
+    return tuple([frames[convert(int, place, ())] for place in value if place >= 0])
 
 
-def list_of(kind):
-    return lambda value, frames: [exactly(kind, item) for item in value]
-
-
-def rows(*kinds):
-    """Lists of equal shape as tuples; a list among the parts is one of strings."""
-
-    def convert(value, frames):
-        return [
-            tuple(part(kind, item) for kind, item in zip(kinds, row, strict=True)) for row in value
-        ]
-
-    def part(kind, item):
-        if kind is list:
-            return [exactly(str, holder) for holder in item]
-        return kind(item) if kind is to_key else exactly(kind, item)
-
-    return convert
-
-
-KINDS = {  # {kind: (types in JSON, how its parts are checked and converted)}
-    "int": ((int,), None),
-    "str": ((str,), None),
-    "bool": ((bool,), None),
-    "key": ((str, list), to_key),
-    "frames": ((list,), to_frames),
-    "names": ((list,), to_names),
-    "ints": ((list,), list_of(int)),
-    "strs": ((list,), list_of(str)),
-    "inputs": ((list,), rows(to_key, int, int, list)),  # [(key, attempt, nbytes, holders)]
-    "misses": ((list,), rows(to_key, int, list)),  # [(key, attempt, holders)]
+FIELDS = {  # {field: its kind}, the same in every message
+    field: kind
+    for kind, fields in (
+        (to_key, "key"),
+        (int, "want attempt nbytes nthreads duration_us priority"),
+        (str, "id name type status text worker"),
+        (bool, "wanted"),
+        (to_frames, "run_spec value exception"),
+        ([int], "attempts order"),
+        ([str], "holders"),
+        ([(to_key, int)], "names inputs wants values"),  # values by attempt, tasks by want
+        ([(to_key, int, [str])], "places misses"),  # values by attempt, and who has them
+    )
+    for field in fields.split()
 }
 
 
-class Op:
-    """One line of MESSAGES, made ready to check messages quickly."""
+def convert(kind, value, frames):
+    """What JSON brought, as the minds know it.
 
-    def __init__(self, line):
-        route, _, fields = line.partition(",")
-        self.senders = set(route.partition(" > ")[0].split("|"))
-        self.fields = dict(field.split(":") for field in fields.split())
-        self.names = ("op", *self.fields)
-        self.conversions = [(f, KINDS[k][1]) for f, k in self.fields.items() if KINDS[k][1]]
-        # Shapes that were found good: a message's field names and types, compared in one go.
-        # There are few, since each field has one type or two.
-        self.shapes = set()
-
-    def learn(self, message, shape):
-        """Check names and types one by one, and remember a good shape."""
-        if tuple(message) != self.names:
-            raise ProtocolError(f"{message['op']} has the fields {list(message)!r:.200}")
-        for field, kind in self.fields.items():
-            if type(message[field]) not in KINDS[kind][0]:
-                raise ProtocolError(
-                    f"{message['op']}: {field} is {message[field]!r:.80}, no {kind}"
-                )
-        self.shapes.add(shape)
+    Raises LookupError, TypeError or ValueError for what is not of the kind.
+    """
+    if type(value) is kind:
+        return value
+    if type(kind) is list and type(value) is list:
+        return [convert(kind[0], item, frames) for item in value]
+    if type(kind) is tuple:
+        return tuple([convert(k, item, frames) for k, item in zip(kind, value, strict=True)])
+    if type(kind) in (type, list):
+        raise TypeError(f"{value!r:.80} is no {kind}")
+    return kind(value, frames)
 
 
-OPS = {op: Op(line) for op, line in MESSAGES.items()}
+def parse_line(line):
+    """A line of MESSAGES as (senders, names of the fields)."""
+    route, _, fields = line.partition(":")
+    return route.partition(" > ")[0].split("|"), ("op", *fields.split())
+
+
+OPS = {op: parse_line(line) for op, line in MESSAGES.items()}
 
 
 def check_message(message, frames, sender):
-    """Check a message against MESSAGES before anything else, and give its fields their types.
+    """Check a message against MESSAGES before anything else, and give its fields their kinds.
 
     ``sender`` is the kind of peer that it came from.  A ``ProtocolError`` says what is wrong.
     """
     try:
-        op = OPS[message["op"]]
-        if sender not in op.senders:
-            raise ProtocolError(f"a {sender} does not send {message['op']}")
-        shape = (*message, *map(type, message.values()))
-        if shape not in op.shapes:
-            op.learn(message, shape)
-        for field, convert in op.conversions:
-            message[field] = convert(message[field], frames)
+        senders, names = OPS[message["op"]]
+        if sender not in senders or tuple(message) != names:
+            raise ValueError(f"a {sender} sends {names}, if at all")
+        for field in names[1:]:
+            message[field] = convert(FIELDS[field], message[field], frames)
     except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"not a message: {message!r:.200} ({error})") from error
     return message
 
 
-class Queue:
-    """What waits, by priority; the smallest first.
+class Queue(dict):
+    """What waits, by priority; the smallest first.  Every item's ``priority`` is its own.
 
-    A heap from which anything may be taken: what was taken out stays in the heap as a dead entry
-    until it surfaces, or until the dead are the majority and the heap is built anew.
+    An ordered set, and a heap from which anything may be taken: what was taken out stays in the
+    heap until it surfaces, or until the dead are the majority and the heap is built anew.
     """
 
-    __slots__ = ("heap", "live", "serial")
+    __slots__ = ("heap", "worker")
 
-    def __init__(self):
-        self.heap = []  # [(priority, serial, item)]
-        self.live = {}  # {item: serial of its entry}
-        self.serial = 0
-
-    def __len__(self):
-        return len(self.live)
-
-    def __iter__(self):
-        return iter(self.live)
+    def __init__(self, worker=None):
+        self.heap = []  # [(priority, item)]
+        self.worker = worker  # the WorkerState that alone takes from it, if there is one
 
     def push(self, item):
-        self.serial += 1
-        self.live[item] = self.serial
-        heapq.heappush(self.heap, (item.priority, self.serial, item))
+        self[item] = None
+        heapq.heappush(self.heap, (item.priority, item))
 
     def discard(self, item):
-        self.live.pop(item, None)
-        if len(self.heap) > 2 * len(self.live) + 16:
-            self.heap = [entry for entry in self.heap if self.live.get(entry[2]) == entry[1]]
+        del self[item]
+        if len(self.heap) > 2 * len(self) + 16:
+            self.heap = [(item.priority, item) for item in self]
             heapq.heapify(self.heap)
 
     def peek(self):
         """The item that is next, or None."""
-        while self.heap:
-            _, serial, item = self.heap[0]
-            if self.live.get(item) == serial:
-                return item
+        while self.heap and self.heap[0][1] not in self:
             heapq.heappop(self.heap)
-        return None
+        return self.heap[0][1] if self.heap else None
 
 
 class Mind:
@@ -285,7 +235,7 @@ class Mind:
     The idea to keep decisions free of I/O ("sans-IO") is that of h11 and of dask's worker state.
     """
 
-    TRANSITIONS = {}  # {(start, finish): name of the method}: every edge there is
+    TRANSITIONS = {}  # {(start, finish): (method that leaves, method that enters)}: every edge
 
     def __init__(self):
         self.outbox = []  # [(peer, message)], to be sent by the body
@@ -294,7 +244,15 @@ class Mind:
 
     def send(self, peer, op, *values):
         """Leave a message for a peer: ``values`` are the op's fields, in the order of MESSAGES."""
-        self.outbox.append((peer, dict(zip(OPS[op].names, (op, *values), strict=True))))
+        self.outbox.append((peer, dict(zip(OPS[op][1], (op, *values), strict=True))))
+
+    def send_name(self, peer, op, name):
+        """Send a ``(key, number)``; those that follow each other travel in one message."""
+        last, message = self.outbox[-1] if self.outbox else (None, {})
+        if last == peer and message["op"] == op:
+            message["names"].append(name)
+        else:
+            self.send(peer, op, [name])
 
     def mark(self, record):
         self.marked[record] = None
@@ -311,117 +269,99 @@ class Mind:
                 assert edges < bound, f"{record} does not settle"
 
     def transition(self, record, finish):
-        """Take one edge.  The only place where a state is assigned."""
+        """Take one edge: leave a state, which clears its fields, and enter the other.
+
+        The only place where a state is assigned.
+        """
+        # dask: has a method for each edge.  What it means to leave and to enter a state (Harel's
+        # statecharts call it exit and entry actions) is said once here, whatever the edge.
         start = record.state
-        edge = getattr(self, self.TRANSITIONS[start, finish])
+        leave, enter = self.TRANSITIONS[start, finish]
+        getattr(self, leave)(record)
         record.state = finish
-        edge(record)
-        self.story.append(record.line(start))
+        getattr(self, enter)(record)
+        self.story.append((record.key, start, finish, *record.where()))
 
 
 def edges(**finishes):
-    """The table of transitions: each edge ``(start, finish)`` has a method named after it."""
+    """The table of transitions: for each edge, the methods named after its two ends."""
     pairs = [(start, finish) for start, row in finishes.items() for finish in row.split()]
-    pairs = [(start.replace("_", "-"), finish) for start, finish in pairs]
-    return {pair: "transition_" + "_".join(pair).replace("-", "_") for pair in pairs}
+    return {
+        (start.replace("_", "-"), finish): (f"leave_{start}", "enter_" + finish.replace("-", "_"))
+        for start, finish in pairs
+    }
 
 
-class Fetches:
-    """Values on their way here: from each holder one request at a time, many keys in one.
+class FetchingMind(Mind):
+    """What the client's and the worker's mind share: values on their way here.
 
-    The client's and the worker's mind both own one.  A value is asked of one holder after the
-    other until one gives it; who has failed for it is remembered, since it will be reported.
+    A value is asked of one holder after the other until one gives it; who has failed is
+    remembered, since it will be reported.  Nothing is concluded here from a broken connection.
+    Subclasses say what it means that a value ``arrived``, or that everybody ``missed`` it.
     """
 
-    __slots__ = ("wanted", "waiting", "asked")
-
     def __init__(self):
-        self.wanted = {}  # {(key, attempt): (nbytes, holders to try, holders that missed)}
-        self.waiting = {}  # {holder: {(key, attempt): None}}: what it will be asked for next
-        self.asked = {}  # {holder: [(key, attempt)]}: the one request that is under way
+        super().__init__()
+        self.wanted = {}  # {(key, attempt): (holders still to be tried, those that missed)}
+        self.asked = {}  # {holder: {(key, attempt): None}}: requests that are under way
 
-    def need(self, name, nbytes, holders):
-        """Want a value; return whether somebody is there to be asked for it."""
-        if name not in self.wanted and holders:
-            self.wanted[name] = (nbytes, list(holders), [])
-            self.ask_next(name)
-        return name in self.wanted
+    def need(self, name, holders):
+        """Fetch a value.  To want it no longer, take it out of ``wanted``."""
+        if name not in self.wanted:
+            self.wanted[name] = (list(holders), [])
+            self.ask(name)
 
-    def ask_next(self, name):
-        """Put the value in the queue of the next holder that may have it, if there is one."""
-        _, holders, _ = self.wanted[name]
-        if holders:
-            self.waiting.setdefault(holders[0], {})[name] = None
-        return bool(holders)
+    def ask(self, name):
+        """Ask the next holder; if there is none, the value is given up."""
+        holders, misses = self.wanted[name]
+        if not holders:
+            del self.wanted[name]
+            self.missed(name, misses)
+        elif name not in self.asked.setdefault(holders[0], {}):
+            # (Otherwise it was dropped and is wanted again: the request under way serves.)
+            self.asked[holders[0]][name] = None
+            self.send_name(holders[0], "get-data", name)
 
-    def drop(self, name):
-        """Want it no longer.  If it is asked for already, its answer will be ignored."""
-        if name in self.wanted:
-            _, holders, _ = self.wanted.pop(name)
-            if holders and name in self.waiting.get(holders[0], ()):
-                self.unqueue(holders[0], name)
+    def stimulus_data(self, holder, key, attempt, status, value):
+        """A holder answers for one value: "ok", "missing", or "error" if nobody can pickle it."""
+        name = (key, attempt)
+        if name in self.asked.get(holder, ()):
+            self.end_request(holder, name, status == "missing")
+            if name in self.wanted and status != "missing":  # Else it was dropped meanwhile.
+                del self.wanted[name]
+                self.arrived(name, status == "ok", value)
+        self.settle()
 
-    def unqueue(self, holder, name):
-        del self.waiting[holder][name]
-        if not self.waiting[holder]:
-            del self.waiting[holder]
+    def stimulus_link_lost(self, holder):
+        """The connection to a holder broke: what was asked there is missed there."""
+        for name in list(self.asked.get(holder, ())):
+            self.end_request(holder, name, missed=True)
+        self.settle()
 
-    def requests(self):
-        """Yield (holder, values): what is to be asked for now.  Requests are bounded in bytes."""
-        for holder in [holder for holder in self.waiting if holder not in self.asked]:
-            names, nbytes = [], 0
-            for name in list(self.waiting[holder]):
-                if names and nbytes + self.wanted[name][0] > LIMITS["request_bytes"]:
-                    break
-                nbytes += self.wanted[name][0]
-                names.append(name)
-                self.unqueue(holder, name)
-            self.asked[holder] = names
-            yield holder, names
+    def stimulus_worker_left(self, peer, worker):
+        """The scheduler says that a worker is dead: expect nothing from it any more."""
+        self.stimulus_link_lost(worker)
+        for holders, _ in self.wanted.values():
+            if worker in holders:
+                holders.remove(worker)
 
-    def answered(self, holder, given):
-        """A holder answered, or left: return (values that were wanted, [(value, misses)]).
-
-        What was asked and is not in ``given`` is a miss.  The values returned as misses have
-        no holder left to be asked; they are not wanted any more.
-        """
-        arrived, exhausted = [], []
-        for name in self.asked.pop(holder, ()):
-            if name not in self.wanted:
-                continue  # It was dropped while the request was under way.
-            if name in given:
-                self.drop(name)
-                arrived.append(name)
-            elif self.wanted[name][1][0] == holder and name not in self.waiting.get(holder, ()):
-                # (Otherwise it was dropped and is wanted again: another request will tell.)
-                exhausted += self.missed(name)
-        return arrived, exhausted
-
-    def missed(self, name):
-        """The holder that was asked does not give it: try the next, or give it up."""
-        _, holders, misses = self.wanted[name]
-        misses.append(holders.pop(0))
-        if self.ask_next(name):
-            return []
-        del self.wanted[name]
-        return [(name, misses)]
-
-    def left(self, holder):
-        """A holder is dead: what was expected of it is a miss.  Returns like ``answered``."""
-        exhausted = []
-        for name in self.waiting.pop(holder, ()):
-            exhausted += self.missed(name)
-        return exhausted + self.answered(holder, ())[1]
+    def end_request(self, holder, name, missed):
+        del self.asked[holder][name]
+        if not self.asked[holder]:
+            del self.asked[holder]
+        holders, misses = self.wanted.get(name, ((), ()))
+        if missed and holders and holders[0] == holder:
+            misses.append(holders.pop(0))
+            self.ask(name)
 
     def validate(self):
-        for name, (_, holders, misses) in self.wanted.items():
-            # F1. A wanted value is asked, or queued to be asked, of the first holder not yet tried.
-            assert holders and not set(holders) & set(misses), name
-            holder = holders[0]
-            assert name in self.waiting.get(holder, ()) or name in self.asked.get(holder, ()), name
-        for holder, names in self.waiting.items():
-            # F2. Nothing is queued that is not wanted, and no queue is kept empty.
-            assert names and all(self.wanted[name][1][0] == holder for name in names), holder
+        """Assert every invariant.  Slow by design: a live process does so only when asked to."""
+        assert not self.marked
+        for name, (holders, misses) in self.wanted.items():
+            # F1. A wanted value is asked of the first holder that has not been tried.
+            assert name in self.asked[holders[0]] and not set(holders) & set(misses), name
+        # F2. No empty request is kept.
+        assert all(self.asked.values())
 
 
 # ---- 2. Client mind: FutureState, ClientMind ----
@@ -429,9 +369,6 @@ class Fetches:
 # What one client wants.  It may use chapter 1.  Reference counts, releases and resubmissions are
 # where systems of this kind lose futures, so they are decided here, in the order in which the
 # client's threads asked for them, and not in ``Future.__del__``.
-
-SCHEDULER = "scheduler"  # the peer, seen from clients and workers
-HERE = "here"  # the peer that stands for the mind's own body
 
 
 @dataclass(eq=False, slots=True)
@@ -462,15 +399,13 @@ class FutureState:
         return bool(self.value) or self.status == "error"
 
 
-class ClientMind(Mind):
+class ClientMind(FetchingMind):
     """What a client wants, and what it was told of it."""
 
     def __init__(self):
         super().__init__()
         self.futures = {}  # {key: FutureState}: what is wanted now
         self.wants = 0  # the number of the last want
-        self.fetches = Fetches()
-        self.fetching = {}  # {(key, attempt): FutureState}: transpose of what fetches want
         self.news = []  # FutureStates that changed, for the body to wake who waits for them
 
     def stimulus_submit(self, key, name, run_spec, inputs, priority):
@@ -484,12 +419,12 @@ class ClientMind(Mind):
             return state
         self.wants += 1
         state = FutureState(key, self.wants)
-        gone = next((i for i in inputs if self.futures.get(i.key) is not i), None)
-        if gone is not None:
-            # Cancelled inputs have left the table: nothing can be computed from them.
-            text = gone.text or "it is not wanted any more"
-            self.become(state, "cancelled", text=f"its input {gone.key!r} was cancelled: {text}")
-            return state
+        for i in inputs:
+            if self.futures.get(i.key) is not i:
+                # Cancelled inputs have left the table: nothing can be computed from them.
+                text = f"its input {i.key!r} was cancelled: {i.text or 'it is not wanted any more'}"
+                self.become(state, "cancelled", text)
+                return state
         self.futures[key] = state
         names = [(i.key, i.want) for i in inputs]
         self.send(SCHEDULER, "submit", key, state.want, name, run_spec, names, priority)
@@ -501,147 +436,110 @@ class ClientMind(Mind):
         # A cancelled state left the table before: it is let go silently, and what bears its key
         # now is another want.
         if not state.count and self.futures.get(state.key) is state:
-            del self.futures[state.key]
-            self.drop_fetch(state)
-            name = (state.key, state.want)
-            if self.outbox and self.outbox[-1][1]["op"] == "release-keys":
-                self.outbox[-1][1]["wants"].append(name)
-            else:
-                self.send(SCHEDULER, "release-keys", [name])
+            self.let_go(state)
+            self.send_name(SCHEDULER, "release-keys", (state.key, state.want))
 
     def stimulus_ask(self, states):
         """Somebody waits for these values: fetch what did not come along with its notice."""
         for state in states:
             state.asked = True
             self.fetch(state)
-        self.settle()
 
     def stimulus_key_in_memory(self, peer, key, want, attempt, nbytes, type, holders, value):
         """[12] A result exists; small ones are in the message."""
-        state = self.current(key, want)
-        if state is None or state.final:
-            return  # Let go while the notice was under way; or computed again, but here already.
-        self.drop_fetch(state)
-        state.attempt, state.nbytes, state.type = attempt, nbytes, type
-        state.holders, state.value = holders, value
-        self.become(state, "finished")
-        self.fetch(state)
-        self.settle()
+        if state := self.current(key, want):
+            state.attempt, state.nbytes, state.type = attempt, nbytes, type
+            state.holders, state.value = holders, value
+            self.become(state, "finished")
+            self.fetch(state)
 
     def stimulus_key_lost(self, peer, key, want):
         """Every replica of a result is gone; it is being computed again."""
-        state = self.current(key, want)
-        if state is not None and not state.final:
-            self.drop_fetch(state)
+        if state := self.current(key, want):
             self.become(state, "pending")
 
     def stimulus_key_erred(self, peer, key, want, exception, text):
         """The task failed, or will never be computed."""
-        state = self.current(key, want)
-        if state is not None and not state.final:
-            self.drop_fetch(state)
+        if state := self.current(key, want):
             state.exception = exception
-            self.become(state, "error", text=text)
+            self.become(state, "error", text)
 
     def stimulus_key_cancelled(self, peer, key, want, text):
         """The scheduler does not know this want any more."""
-        state = self.current(key, want)
-        if state is not None:
-            self.drop_fetch(state)
-            del self.futures[key]
+        state = self.futures.get(key)
+        if state is not None and state.want == want:
+            self.let_go(state)
             if not state.final:
-                self.become(state, "cancelled", text=text)
-
-    def stimulus_data(self, holder, answers):
-        """A holder answered a request: [(key, attempt, status, frames)]."""
-        given = {(key, attempt): (status, frames) for key, attempt, status, frames in answers}
-        given = {name: answer for name, answer in given.items() if answer[0] != "missing"}
-        arrived, exhausted = self.fetches.answered(holder, given)
-        for name in arrived:
-            state = self.fetching.pop(name)
-            status, frames = given[name]
-            if status == "ok":
-                state.value = frames
-                self.become(state, "finished")
-            else:
-                state.exception = frames
-                self.become(state, "error")
-        self.report(exhausted)
-        self.settle()
+                self.become(state, "cancelled", text)
 
     def stimulus_worker_left(self, peer, worker):
-        """The scheduler says that a worker is dead: expect nothing from it any more."""
+        super().stimulus_worker_left(peer, worker)
         for state in self.futures.values():
             if worker in state.holders:
                 state.holders = [holder for holder in state.holders if holder != worker]
-        self.report(self.fetches.left(worker))
-        self.settle()
 
     def stimulus_scheduler_left(self, text):
         """The stream ended: nothing that is not here yet will come."""
         for state in list(self.futures.values()):
-            self.drop_fetch(state)
             if not state.final:
-                del self.futures[state.key]
-                self.become(state, "cancelled", text=text)
-        self.settle()
-
-    def report(self, exhausted):
-        """Tell the scheduler of values that nobody gave; it answers, or its notice is under way."""
-        for name, misses in exhausted:
-            state = self.fetching.pop(name)
-            self.become(state, "pending")
-            self.send(SCHEDULER, "fetch-missed", state.key, state.want, name[1], misses)
+                self.stimulus_key_cancelled(SCHEDULER, state.key, state.want, text)
 
     def current(self, key, want):
-        """The state that a message speaks of.
+        """The state that a notice speaks of; what was being fetched for it is not any more.
 
-        None if the message is stale: while it was under way, the last future of its want was let
-        go, and perhaps the key was wanted anew, under another number.
+        None if the notice is stale: while it was under way, the last future of its want was let
+        go (and perhaps the key was wanted anew, under another number), or what is computed again
+        had reached this client.
         """
         state = self.futures.get(key)
-        return state if state is not None and state.want == want else None
+        if state is None or state.want != want or state.final:
+            return None
+        self.wanted.pop((key, state.attempt), None)
+        return state
 
-    def fetch(self, state):
-        if state.asked and state.status == "finished" and not state.value:
-            name = (state.key, state.attempt)
-            if name not in self.fetching:
-                self.fetching[name] = state
-                if not self.fetches.need(name, state.nbytes, state.holders):
-                    self.report([(name, [])])
-
-    def drop_fetch(self, state):
-        name = (state.key, state.attempt)
-        if self.fetching.get(name) is state:
-            del self.fetching[name]
-            self.fetches.drop(name)
+    def let_go(self, state):
+        del self.futures[state.key]
+        self.wanted.pop((state.key, state.attempt), None)
 
     def become(self, state, status, text=""):
         state.status, state.text = status, text
         self.news.append(state)
 
+    def fetch(self, state):
+        if state.asked and state.status == "finished" and not state.value:
+            self.need((state.key, state.attempt), state.holders)
+
+    def arrived(self, name, ok, value):
+        state = self.futures[name[0]]
+        if ok:
+            state.value = value
+        else:
+            state.exception = value
+        self.become(state, "finished" if ok else "error")
+
+    def missed(self, name, misses):
+        """Tell the scheduler of a value that nobody gave; it will answer, or already has."""
+        state = self.futures[name[0]]
+        self.become(state, "pending")
+        self.send(SCHEDULER, "fetch-missed", state.key, state.want, name[1], misses)
+
     def settle(self):
-        """A client has no transitions to take; only requests to send."""
-        for holder, values in self.fetches.requests():
-            self.send(holder, "get-data", values)
+        """A client's states have no edges to take: its words for users follow the notices."""
 
     def validate(self):
-        """Assert every invariant.  Slow by design."""
+        super().validate()
         for key, state in self.futures.items():
             # C1. What is wanted has a live Future object, and is not cancelled.
             assert state.key == key and state.count > 0 and state.status != "cancelled", state
             # C2. A value belongs to a finished state, an exception to one that erred.
-            assert not state.value or state.status == "finished", state
-            assert not state.exception or state.status == "error", state
-            # C3. What somebody waits for is on its way when it exists.
+            assert state.status == "finished" or not state.value, state
+            assert state.status == "error" or not state.exception, state
+            # C3. What somebody waits for is on its way exactly when it exists and is not here.
             waits = state.asked and state.status == "finished" and not state.value
-            assert waits == (self.fetching.get((key, state.attempt)) is state), state
-        # C4. What is fetched is wanted, in both directions.
-        assert set(self.fetching) == set(self.fetches.wanted)
-        for name, state in self.fetching.items():
-            assert name == (state.key, state.attempt) and self.futures[state.key] is state, state
+            assert waits == ((key, state.attempt) in self.wanted), state
+        # C4. What is fetched is wanted, and wants differ.
+        assert all(name[0] in self.futures for name in self.wanted)
         assert len({state.want for state in self.futures.values()}) == len(self.futures)
-        self.fetches.validate()
 
 
 # ---- 3. Scheduler mind: TaskState, WorkerState, ClientState, SchedulerMind ----
@@ -678,7 +576,6 @@ class TaskState:
     waiting_on: "dict[TaskState, None] | tuple[()]" = ()
     # In "queued" only: where it waits, and for how long it is expected to run.
     queue: "Queue | None" = None
-    queued_on: "WorkerState | None" = None  # None: in the queue common to all
     estimate_us: int = 0
     # In "processing" only:
     processing_on: "WorkerState | None" = None  # transpose: WorkerState.processing
@@ -697,9 +594,8 @@ class TaskState:
     def __repr__(self):
         return f"<TaskState {self.key!r} {self.state}>"
 
-    def line(self, start):
-        worker = self.processing_on.id if self.processing_on else ""
-        return (self.key, start, self.state, self.attempt, worker)
+    def where(self):
+        return self.attempt, self.processing_on.id if self.processing_on else ""
 
 
 @dataclass(eq=False, slots=True)
@@ -712,15 +608,12 @@ class WorkerState:
     # Attempts sent and not ended, abandoned ones too: they occupy its threads all the same.
     processing: dict  # {attempt: (TaskState, duration_us)}
     has_what: dict  # an ordered set of TaskStates; transpose: TaskState.who_has
-    queue: Queue  # what waits for this very worker
+    queue: "Queue | None" = None  # what waits for this very worker
     nbytes: int = 0  # sum over has_what
     occupancy: int = 0  # microseconds of work, sent or queued
     short_us: int = 0  # of it: sent, and known to be short
     long: int = 0  # how many attempts are not known to be short
     load: int = 0  # which of SchedulerMind.by_load it stands in
-
-    def __repr__(self):
-        return f"<WorkerState {self.id}>"
 
 
 @dataclass(eq=False, slots=True)
@@ -732,16 +625,20 @@ class ClientState:
 
 
 EMPTY, FREE, ROOM, FULL = range(4)  # how loaded a worker is
+UNFINISHED = ("waiting", "queued", "no-worker", "processing")
 
 
 class SchedulerMind(Mind):
-    """Decides what runs where.  ``first_attempt`` must grow from one scheduler's life to the next."""
+    """Decides what runs where.
+
+    ``first_attempt`` must grow from one scheduler's life to the next.
+    """
 
     TRANSITIONS = edges(
         released="waiting forgotten",
         waiting="queued no-worker erred released",
         queued="processing waiting no-worker released",
-        no_worker="queued waiting released",
+        no_worker="queued released",
         processing="memory erred waiting released",
         memory="waiting erred released",
         erred="released",
@@ -758,7 +655,6 @@ class SchedulerMind(Mind):
         # however many were taken out before it; in a dict they would be passed over each time.)
         self.by_load = [OrderedDict() for _ in range(4)]
         self.changed = {}  # an ordered set of workers that may have room for their queue's head
-        self.freed = {}  # {worker id: [(key, attempt)]}: told at the end of the stimulus
         self.durations = {}  # {function name: microseconds}, a moving average
         self.attempts = first_attempt  # the number of the next attempt
         self.submitted = 0
@@ -776,9 +672,8 @@ class SchedulerMind(Mind):
         ``inputs`` are the tasks whose results are among its arguments, as (key, want).
         """
         cs = self.clients[client]
-        dependencies = [self.tasks.get(key) for key, _ in inputs]
-        for (input_key, number), ts in zip(inputs, dependencies, strict=True):
-            if ts is None or cs.wants_what.get(ts) != number:
+        for input_key, number in inputs:
+            if cs.wants_what.get(self.tasks.get(input_key)) != number:
                 # On one ordered stream that want can only have been cancelled or lost.  What
                 # bears the key now may be another call of another client.
                 text = f"its input {input_key!r} was cancelled"
@@ -786,35 +681,35 @@ class SchedulerMind(Mind):
                 return
         ts = self.tasks.get(key)
         if ts is None:
-            ts = self.new_task(key, name, run_spec, dependencies, priority)
+            self.submitted += 1
+            ts = TaskState(key, name, (-priority, self.submitted), run_spec)
+            self.tasks[key] = ts
+            for input_key, _ in inputs:
+                link(ts, "dependencies", self.tasks[input_key], "dependents")
         elif ts.run_spec != run_spec:
             text = f"the key {key!r} is known with another call: that one's result is used"
             self.send(client, "warning", text)
+        link(ts, "who_wants", cs, "wants_what")
         cs.wants_what[ts] = want
-        ts.who_wants = ts.who_wants or {}
-        ts.who_wants[cs] = None
-        if ts.state in ("memory", "erred"):
-            self.tell(cs, ts)
+        self.tell(cs, ts)
         self.mark(ts)
         self.settle()
 
-    def stimulus_release_keys(self, client, wants):
+    def stimulus_release_keys(self, client, names):
         """A client has no future of these keys any more."""
         cs = self.clients[client]
-        for key, want in wants:
+        for key, want in names:
             ts = self.tasks.get(key)
             # Another number: this want was cancelled before its release came, and the client
             # has since made another.
-            if ts is not None and cs.wants_what.get(ts) == want:
+            if cs.wants_what.get(ts) == want:
                 self.let_go(cs, ts)
         self.settle()
 
     def stimulus_client_left(self, client):
         """A client's connection is lost: it wants nothing any more."""
-        cs = self.clients.pop(client, None)
-        if cs is None:
-            return  # It was lost before it had registered.
-        for ts in list(cs.wants_what):
+        cs = self.clients.pop(client, None)  # None: it was lost before it had registered.
+        for ts in list(cs.wants_what) if cs else ():
             self.let_go(cs, ts)
         self.settle()
 
@@ -822,9 +717,8 @@ class SchedulerMind(Mind):
         """A client could not get a value from any of its holders."""
         cs = self.clients[client]
         ts = self.tasks.get(key)
-        if ts is None or cs.wants_what.get(ts) != want or ts.attempt != attempt:
-            return  # Let go meanwhile; or lost or made again, and that notice is under way.
-        if ts.state == "memory":
+        # Otherwise it was let go meanwhile; or lost or made again, and that notice is under way.
+        if cs.wants_what.get(ts) == want and ts.state == "memory" and ts.attempt == attempt:
             self.strike(ts, holders)
             if ts.who_has:
                 self.tell(cs, ts)
@@ -835,10 +729,10 @@ class SchedulerMind(Mind):
     def stimulus_register_worker(self, worker, name, nthreads, values, attempts):
         """A worker joins; it holds and runs nothing yet."""
         if any(ws.name == name for ws in self.workers.values()):
-            text = f"a worker named {name!r} is there already"
-            self.send(worker, "refused", text)
+            self.send(worker, "refused", f"a worker named {name!r} is there already")
             return
-        ws = WorkerState(worker, name, nthreads, processing={}, has_what={}, queue=Queue())
+        ws = WorkerState(worker, name, nthreads, processing={}, has_what={})
+        ws.queue = Queue(ws)
         self.workers[worker] = ws
         self.by_load[EMPTY][ws] = None
         self.send(worker, "registered")
@@ -852,20 +746,21 @@ class SchedulerMind(Mind):
         if ws is None:
             return  # It was refused.
         del self.by_load[ws.load][ws]
-        self.changed.pop(ws, None)
         for peer in (*self.workers, *self.clients):
             self.send(peer, "worker-left", worker)
         for attempt, (ts, _) in ws.processing.items():
             if ts.attempt == attempt:
-                self.end_processing(ts)
+                ts.processing_on = None
+                self.mark(ts)
         for ts in list(ws.has_what):
             self.remove_replica(ts, ws)
-        for ts in ws.queue:
-            ts.queued_on = ts.queue = None
+        for ts in list(ws.queue):
+            self.transition(ts, "waiting")
             self.mark(ts)
         if not self.workers:
             for ts in self.queue:
                 self.mark(ts)
+        self.changed.pop(ws, None)
         self.settle()
 
     def stimulus_task_finished(self, worker, attempt, nbytes, type, duration_us, value):
@@ -881,7 +776,7 @@ class SchedulerMind(Mind):
             self.add_replica(ts, ws)
         else:
             # Abandoned: it was released, or lost its place, while this message was under way.
-            self.free(ws, (ts.key, attempt))
+            self.send_name(worker, "free-keys", (ts.key, attempt))
         self.settle()
 
     def stimulus_task_erred(self, worker, attempt, exception):
@@ -903,21 +798,20 @@ class SchedulerMind(Mind):
             if dependency is not None and dependency.attempt == number:
                 self.strike(dependency, holders)
         if current and misses:
-            ts.misses += 1
-            if ts.misses > ALLOWED_FAILURES:
-                key, _, holders = misses[0]
-                ts.text = f"{worker} could not fetch {key!r} from {', '.join(holders)}"
+            key, _, holders = misses[0]
+            self.miss(ts, f"{worker} could not fetch {key!r} from {', '.join(holders)}")
         self.settle()
 
-    def stimulus_add_keys(self, worker, values):
+    def stimulus_add_keys(self, worker, names):
         """A worker says that it has fetched copies of values."""
         ws = self.workers[worker]
-        for key, attempt in values:
+        for key, attempt in names:
             ts = self.tasks.get(key)
             if ts is not None and ts.state == "memory" and ts.attempt == attempt:
                 self.add_replica(ts, ws)
             else:
-                self.free(ws, (key, attempt))  # Let go or lost while the copy was made.
+                # Let go or lost while the copy was made.
+                self.send_name(worker, "free-keys", (key, attempt))
         self.settle()
 
     # What a task should be.
@@ -928,6 +822,7 @@ class SchedulerMind(Mind):
             gone = ts.state in ("released", "forgotten") and not ts.dependents
             return "forgotten" if gone else "released"
         if ts.exception or ts.text:
+            # By way of "waiting", since what waits in a queue has no edge to "erred".
             return "waiting" if ts.state in ("queued", "no-worker") else "erred"
         if ts.who_has:
             return "memory"
@@ -935,30 +830,14 @@ class SchedulerMind(Mind):
             return "processing"  # Only the end of its attempt changes that.
         if ts.state not in ("waiting", "queued", "no-worker") or ts.waiting_on:
             return "waiting"
-        if not self.workers:
-            return "no-worker"
-        # A queue that is gone, with its worker, sends its tasks back to be placed again.
-        return "waiting" if ts.state == "queued" and ts.queue is None else "queued"
+        return "queued" if self.workers else "no-worker"
 
     def settle(self):
-        """Take the edges; then send what waits for as long as there is room; then free."""
+        """Take the edges; then send what waits for as long as there is room."""
         super().settle()
-        self.fill()
-        for worker, values in self.freed.items():
-            self.send(worker, "free-keys", values)
-        self.freed.clear()
-
-    def size(self):
-        return len(self.tasks)
-
-    def fill(self):
-        """Send queued tasks to workers with room, in the order of their priorities."""
         while self.changed:
             ws, _ = self.changed.popitem()
-            while (ts := ws.queue.peek()) and self.has_room(ws, ts):
-                common = self.queue.peek()
-                if common and common.priority < ts.priority and self.has_room(ws, common):
-                    ts = common
+            while (ts := self.next_for(ws)) and self.has_room(ws, ts):
                 self.process(ts, ws)
         while ts := self.queue.peek():
             ws = self.least_loaded(ROOM if self.estimate(ts) <= ROOM_US else FREE)
@@ -966,6 +845,15 @@ class SchedulerMind(Mind):
                 break
             self.process(ts, ws)
         self.changed.clear()  # What was sent from the common queue left less room, not more.
+
+    def size(self):
+        return len(self.tasks)
+
+    def next_for(self, ws):
+        """The head of its own queue, or of the common one where that is to go first."""
+        ts, common = ws.queue.peek(), self.queue.peek()
+        first = ts and common and common.priority < ts.priority and self.has_room(ws, common)
+        return common if first else ts
 
     def has_room(self, ws, ts):
         """Whether ``ts`` may be sent to ``ws`` now.
@@ -1019,96 +907,71 @@ class SchedulerMind(Mind):
     def estimate(self, ts):
         return self.durations.get(ts.name, UNKNOWN_US)
 
-    # Transitions: the edges' actions.  The state has changed already.
+    # What it means to enter a state, and to leave it.
 
-    def transition_released_waiting(self, ts):
-        """Somebody wants ``ts``: it needs its dependencies, which may have to be made again."""
-        ts.waiting_on = {}
+    def enter_released(self, ts):
+        """Nobody needs it.  An attempt that is under way is abandoned, and runs to its end."""
+        self.stop_needing(ts)
+        ts.attempt = 0
+        self.leave_erred(ts)
+
+    def leave_released(self, ts):
+        """It owns no field."""
+
+    def enter_waiting(self, ts):
+        """Somebody needs it: it needs its dependencies, which may have to be made again."""
+        ts.attempt = 0
+        ts.waiting_on = {d: None for d in ts.dependencies if not d.who_has}
         for dependency in ts.dependencies:
             dependency.waiters = dependency.waiters or {}
             dependency.waiters[ts] = None
             if dependency.state == "erred":
                 ts.exception, ts.text = dependency.exception, dependency.text
-            if not dependency.who_has:
-                ts.waiting_on[dependency] = None
             self.mark(dependency)
 
-    def transition_waiting_queued(self, ts):
+    def leave_waiting(self, ts):
+        ts.waiting_on = ()
+
+    def enter_queued(self, ts):
         """It can run: it waits for room, on the worker that holds its inputs or on any."""
         ts.queue = self.queue
         if ts.dependencies:
-            ts.queued_on = ws = self.decide_worker(ts)
-            ts.queue = ws.queue
-            ts.estimate_us = self.estimate(ts)
+            ws = self.decide_worker(ts)
+            ts.queue, ts.estimate_us = ws.queue, self.estimate(ts)
             ws.occupancy += ts.estimate_us
             self.changed[ws] = None
         ts.queue.push(ts)
 
-    def transition_waiting_no_worker(self, ts):
+    def leave_queued(self, ts):
+        ts.queue.discard(ts)
+        if ts.queue.worker:
+            ts.queue.worker.occupancy -= ts.estimate_us
+            self.changed[ts.queue.worker] = None  # There may be room for what is next.
+        ts.queue, ts.estimate_us = None, 0
+
+    def enter_no_worker(self, ts):
         self.unrunnable[ts] = None
 
-    def transition_waiting_erred(self, ts):
-        """It failed, or a dependency did and gave it its exception."""
-        self.stop_needing(ts)
-        ts.waiting_on = ()
-        self.spread_exception(ts)
+    def leave_no_worker(self, ts):
+        del self.unrunnable[ts]
 
-    def transition_waiting_released(self, ts):
-        self.stop_needing(ts)
-        ts.waiting_on = ()
-        self.clear_exception(ts)
-
-    def transition_queued_processing(self, ts):
-        """[6] ``processing_on`` has room: a new attempt goes there, and the inputs' places with it."""
-        self.leave_queue(ts)
+    def enter_processing(self, ts):
+        """[6] ``processing_on`` has room: a new attempt goes there, with the inputs' places."""
         ws, ts.attempt = ts.processing_on, self.attempts
         self.attempts += 1
         duration_us = self.estimate(ts)
         ws.processing[ts.attempt] = (ts, duration_us)
         self.account(ws, duration_us, +1)
-        inputs = [
-            (d.key, d.attempt, d.nbytes, [w.id for w in islice(d.who_has, LIMITS["holders"])])
-            for d in ts.dependencies
-        ]
-        self.send(
-            ws.id,
-            "compute-task",
-            ts.key,
-            ts.attempt,
-            ts.name,
-            ts.run_spec,
-            inputs,
-            ts.priority,
-            bool(ts.who_wants),
-        )
+        inputs = [(d.key, d.attempt, self.holders(d)) for d in ts.dependencies]
+        call = (ts.key, ts.attempt, ts.name, ts.run_spec, inputs, ts.priority, bool(ts.who_wants))
+        self.send(ws.id, "compute-task", *call)
 
-    def transition_queued_waiting(self, ts):
-        """It lost an input, or the worker in whose queue it was."""
-        self.leave_queue(ts)
+    def leave_processing(self, ts):
+        ts.processing_on = None
 
-    def transition_queued_no_worker(self, ts):
-        self.leave_queue(ts)
-        self.unrunnable[ts] = None
-
-    def transition_queued_released(self, ts):
-        self.leave_queue(ts)
-        self.transition_waiting_released(ts)
-
-    def transition_no_worker_queued(self, ts):
-        del self.unrunnable[ts]
-        self.transition_waiting_queued(ts)
-
-    def transition_no_worker_waiting(self, ts):
-        del self.unrunnable[ts]
-
-    def transition_no_worker_released(self, ts):
-        del self.unrunnable[ts]
-        self.transition_waiting_released(ts)
-
-    def transition_processing_memory(self, ts):
+    def enter_memory(self, ts):
         """It has a value: wake whoever waited, tell whoever asked."""
         self.stop_needing(ts)
-        ts.processing_on = None
         for dependent in ts.waiters:
             # (One that is processing had it already, and did not wait when it was lost.)
             if ts in dependent.waiting_on:
@@ -1118,77 +981,25 @@ class SchedulerMind(Mind):
             self.tell(cs, ts)
         ts.value = ()  # What rode along was forwarded; the scheduler keeps none.
 
-    def transition_processing_erred(self, ts):
-        ts.attempt = 0
-        self.transition_waiting_erred(ts)
+    def leave_memory(self, ts):
+        """Nobody needs the value, and it is freed everywhere; or its last replica is gone.
 
-    def transition_processing_waiting(self, ts):
-        """Its attempt ended without an answer.  Inputs may have been lost in the meantime."""
-        ts.attempt = 0
-        self.transition_released_waiting(ts)
-
-    def transition_processing_released(self, ts):
-        """Nobody wants it any more.  The attempt is abandoned, and runs to its end."""
-        self.stop_needing(ts)
-        self.clear_exception(ts)
-        self.end_processing(ts)
-
-    def transition_memory_waiting(self, ts):
-        """Its last replica is gone, and it is still needed: compute it again."""
-        self.lose(ts)
-        self.transition_released_waiting(ts)
+        Then whoever waits for it, and is not under way with it, has to wait again.
+        """
+        for ws in list(ts.who_has):
+            self.send_name(ws.id, "free-keys", (ts.key, ts.attempt))
+            self.remove_replica(ts, ws)
+        for dependent in ts.waiters:
+            if dependent.state != "processing":
+                dependent.waiting_on = {**dict(dependent.waiting_on), ts: None}
+                self.mark(dependent)
         for cs in ts.who_wants:
             self.send(cs.id, "key-lost", ts.key, cs.wants_what[ts])
 
-    def transition_memory_erred(self, ts):
-        """Its value was lost again and again."""
-        self.lose(ts)
-        self.spread_exception(ts)
-
-    def transition_memory_released(self, ts):
-        """Nobody needs the value any more: free it everywhere."""
-        for ws in list(ts.who_has):
-            self.free(ws, (ts.key, ts.attempt))
-            self.remove_replica(ts, ws)
+    def enter_erred(self, ts):
+        """It failed, or a dependency did and gave it its exception: so does whoever waits."""
+        self.stop_needing(ts)
         ts.attempt = 0
-        self.clear_exception(ts)
-
-    def transition_erred_released(self, ts):
-        self.clear_exception(ts)
-
-    def transition_released_forgotten(self, ts):
-        """Nothing that is kept might have to be computed from it."""
-        for dependency in ts.dependencies:
-            del dependency.dependents[ts]
-            self.mark(dependency)
-        del self.tasks[ts.key]
-
-    # Leaves: each changes a few facts, in both directions of a relation, and marks.
-
-    def new_task(self, key, name, run_spec, dependencies, priority):
-        self.submitted += 1
-        ts = TaskState(key, name, (-priority, self.submitted), run_spec)
-        self.tasks[key] = ts
-        if dependencies:
-            ts.dependencies = dict.fromkeys(dependencies)
-            for dependency in ts.dependencies:
-                dependency.dependents = dependency.dependents or {}
-                dependency.dependents[ts] = None
-        return ts
-
-    def let_go(self, cs, ts):
-        del cs.wants_what[ts]
-        del ts.who_wants[cs]
-        self.mark(ts)
-
-    def stop_needing(self, ts):
-        """It leaves the unfinished ones: its dependencies may not be needed any more."""
-        for dependency in ts.dependencies:
-            del dependency.waiters[ts]
-            self.mark(dependency)
-
-    def spread_exception(self, ts):
-        """It failed: so does whoever waits for it, and whoever asked is told."""
         for dependent in ts.waiters:
             # (One that is processing has fetched what was lost since, or will return and fail.)
             if dependent.state != "processing":
@@ -1197,20 +1008,33 @@ class SchedulerMind(Mind):
         for cs in ts.who_wants:
             self.tell(cs, ts)
 
-    def clear_exception(self, ts):
+    def leave_erred(self, ts):
         ts.exception, ts.text, ts.misses = (), "", 0
+
+    def enter_forgotten(self, ts):
+        """Nothing that is kept might have to be computed from it."""
+        for dependency in ts.dependencies:
+            del dependency.dependents[ts]
+            self.mark(dependency)
+        del self.tasks[ts.key]
+
+    # Leaves: each changes a few facts, in both directions of a relation, and marks.
+
+    def let_go(self, cs, ts):
+        del cs.wants_what[ts]
+        del ts.who_wants[cs]
+        self.mark(ts)
+
+    def stop_needing(self, ts):
+        """It is unfinished no longer: its dependencies may not be needed any more."""
+        for dependency in ts.dependencies:
+            if ts in dependency.waiters:
+                del dependency.waiters[ts]
+                self.mark(dependency)
 
     def process(self, ts, ws):
         ts.processing_on = ws
         self.transition(ts, "processing")
-
-    def leave_queue(self, ts):
-        if ts.queue is not None:
-            ts.queue.discard(ts)
-        if ts.queued_on is not None:
-            ts.queued_on.occupancy -= ts.estimate_us
-            self.changed[ts.queued_on] = None  # There may be room for what is next.
-        ts.queue, ts.queued_on, ts.estimate_us = None, None, 0
 
     def end_attempt(self, ws, attempt):
         """An attempt's one end.  Returns its task, and whether the attempt was not abandoned."""
@@ -1221,10 +1045,6 @@ class SchedulerMind(Mind):
             ts.processing_on = None
             self.mark(ts)
         return ts, current
-
-    def end_processing(self, ts):
-        ts.processing_on, ts.attempt = None, 0
-        self.mark(ts)
 
     def account(self, ws, duration_us, sign):
         """Enter an attempt into a worker's books, or strike it out; find the worker's load."""
@@ -1246,9 +1066,7 @@ class SchedulerMind(Mind):
 
     def add_replica(self, ts, ws):
         if ws not in ts.who_has:
-            ts.who_has = ts.who_has or {}
-            ts.who_has[ws] = None
-            ws.has_what[ts] = None
+            link(ts, "who_has", ws, "has_what")
             ws.nbytes += ts.nbytes
 
     def remove_replica(self, ts, ws):
@@ -1258,14 +1076,6 @@ class SchedulerMind(Mind):
         if not ts.who_has:
             self.mark(ts)
 
-    def lose(self, ts):
-        """The value is gone: whoever waits for it and is not under way has to wait again."""
-        ts.attempt = 0
-        for dependent in ts.waiters:
-            if dependent.state != "processing":
-                dependent.waiting_on[ts] = None
-                self.mark(dependent)
-
     def strike(self, ts, holders):
         """Somebody did not get the value from these holders: free it there, use others.
 
@@ -1274,98 +1084,75 @@ class SchedulerMind(Mind):
         for holder in holders:
             ws = self.workers.get(holder)
             if ws is not None and ws in ts.who_has:
-                self.free(ws, (ts.key, ts.attempt))
+                self.send_name(holder, "free-keys", (ts.key, ts.attempt))
                 self.remove_replica(ts, ws)
         if ts.state == "memory" and not ts.who_has:
-            ts.misses += 1
-            if ts.misses > ALLOWED_FAILURES:
-                ts.text = f"{ts.key!r} could not be fetched from {', '.join(holders)}"
+            self.miss(ts, f"{ts.key!r} could not be fetched from {', '.join(holders)}")
 
-    def free(self, ws, name):
-        self.freed.setdefault(ws.id, []).append(name)
+    def miss(self, ts, text):
+        ts.misses += 1
+        if ts.misses > ALLOWED_FAILURES:
+            ts.text = text
+
+    def holders(self, ts):
+        return [ws.id for ws in islice(ts.who_has, LIMITS["holders"])]
 
     def tell(self, cs, ts):
-        """Tell one client how a task of its ended."""
+        """Tell a client how a task of its ended, if it did."""
+        want = cs.wants_what[ts]
         if ts.state == "erred":
-            self.send(cs.id, "key-erred", ts.key, cs.wants_what[ts], ts.exception, ts.text)
-            return
-        self.send(
-            cs.id,
-            "key-in-memory",
-            ts.key,
-            cs.wants_what[ts],
-            ts.attempt,
-            ts.nbytes,
-            ts.type,
-            [ws.id for ws in islice(ts.who_has, LIMITS["holders"])],
-            ts.value,
-        )
+            self.send(cs.id, "key-erred", ts.key, want, ts.exception, ts.text)
+        elif ts.state == "memory":
+            news = (ts.attempt, ts.nbytes, ts.type, self.holders(ts), ts.value)
+            self.send(cs.id, "key-in-memory", ts.key, want, *news)
 
     # Invariants.
 
     def validate(self):
         """Assert every invariant.  Slow by design: a live process does so only when asked to."""
-        assert not self.marked and not self.freed and not self.changed
-        for key, ts in self.tasks.items():
-            assert ts.key == key and ts.state != "forgotten", ts
+        assert not self.marked and not self.changed
+        tasks, workers = self.tasks.values(), self.workers.values()
+        for ts in tasks:
             self.validate_task(ts)
-            self.validate_neighbours(ts)
-        for id, ws in self.workers.items():
-            assert ws.id == id, ws
+        for ws in workers:
             self.validate_worker(ws)
-        for id, cs in self.clients.items():
-            # S1. who_wants and wants_what are transposes.
-            assert cs.id == id, cs
-            for ts in cs.wants_what:
-                assert self.tasks[ts.key] is ts and cs in ts.who_wants, ts
+        # S1. Every relation is known on both sides, and between records that are in the tables.
+        check_transposes(tasks, "dependencies", tasks, "dependents")
+        check_transposes(tasks, "who_wants", self.clients.values(), "wants_what")
+        check_transposes(tasks, "who_has", workers, "has_what")
         # S2. Every table holds what its name says, and nothing else.
-        assert set(self.queue) == {ts for ts in self.tasks.values() if ts.queue is self.queue}
-        assert set(self.unrunnable) == {t for t in self.tasks.values() if t.state == "no-worker"}
-        assert sum(map(len, self.by_load)) == len(self.workers)
-        # S3. No worker is free for what waits in the common queue.
+        queues = [self.queue, *(ws.queue for ws in workers)]
+        assert all(ts.queue is queue for queue in queues for ts in queue)
+        assert sum(map(len, queues)) == sum(ts.queue is not None for ts in tasks)
+        assert set(self.unrunnable) == {ts for ts in tasks if ts.state == "no-worker"}
+        assert all(self.tasks[ts.key] is ts for ts in tasks)
+        # S3. No worker is free for what waits in the common queue; no-worker means that.
         assert not self.queue or not (self.by_load[EMPTY] or self.by_load[FREE])
+        assert not self.unrunnable or not self.workers
 
     def validate_task(self, ts):
         # T1. A field owned by a state is set in exactly that state.
-        assert bool(ts.who_has) == (ts.state == "memory"), ts
-        assert bool(ts.exception or ts.text) == (ts.state == "erred"), ts
-        assert (ts.processing_on is not None) == (ts.state == "processing"), ts
+        owners = {"who_has": "memory", "processing_on": "processing", "waiting_on": "waiting"}
+        for field, state in owners.items():
+            assert bool(getattr(ts, field)) == (ts.state == state), ts
         assert (ts.queue is not None) == (ts.state == "queued"), ts
-        assert bool(ts.waiting_on) == (ts.state == "waiting"), ts
+        assert bool(ts.exception or ts.text) == (ts.state == "erred") and not ts.value, ts
         assert bool(ts.attempt) == (ts.state in ("processing", "memory")), ts
-        assert not ts.value, ts
         # T2. What nobody needs is not kept; what somebody needs is not left undone.
         assert bool(ts.who_wants or ts.waiters) == (ts.state != "released"), ts
         assert ts.state != "released" or ts.dependents, ts
-        # T3. Every relation is known on both sides.
-        for cs in ts.who_wants:
-            assert self.clients[cs.id] is cs and ts in cs.wants_what, ts
-        for ws in ts.who_has:
-            assert self.workers[ws.id] is ws and ts in ws.has_what, ts
+        # T3. It waits in the queue of a worker exactly if it has inputs.
+        assert ts.queue is None or bool(ts.queue.worker) == bool(ts.dependencies), ts
         if ts.state == "processing":
-            assert self.workers[ts.processing_on.id] is ts.processing_on, ts
-            assert ts.processing_on.processing[ts.attempt][0] is ts, ts
-        if ts.state == "queued":
-            assert ts in ts.queue.live, ts
-            assert ts.queue is (ts.queued_on.queue if ts.dependencies else self.queue), ts
-        # T4. no-worker means that there is none.
-        assert ts.state != "no-worker" or not self.workers, ts
-
-    def validate_neighbours(self, ts):
-        unfinished = ts.state in ("waiting", "queued", "no-worker", "processing")
+            assert self.workers[ts.processing_on.id].processing[ts.attempt][0] is ts, ts
         for dependency in ts.dependencies:
-            # T5. Links are known on both sides, and no neighbour is forgotten.
-            assert self.tasks[dependency.key] is dependency and ts in dependency.dependents, ts
-            # T6. A task is a waiter of its dependencies exactly while it is unfinished.
-            assert (ts in dependency.waiters) == unfinished, ts
-            # T7. It waits on exactly those that have no value.  (One that is processing has
+            # T4. A task is a waiter of its dependencies exactly while it is unfinished.
+            assert (ts in dependency.waiters) == (ts.state in UNFINISHED), ts
+            # T5. It waits on exactly those that have no value.  (One that is processing has
             # fetched what was lost meanwhile, or will return.)
-            if unfinished and ts.state != "processing":
+            if ts.state in ("waiting", "queued", "no-worker"):
                 assert (dependency in ts.waiting_on) == (dependency.state != "memory"), ts
-        for dependent in ts.dependents:
-            assert self.tasks[dependent.key] is dependent and ts in dependent.dependencies, ts
-        assert set(ts.waiters) <= set(ts.dependents), ts
-        assert set(ts.waiting_on) <= set(ts.dependencies), ts
+        assert {*ts.waiters} <= {*ts.dependents} and {*ts.waiting_on} <= {*ts.dependencies}, ts
 
     def validate_worker(self, ws):
         # W1. Every counter can be recounted.
@@ -1374,17 +1161,25 @@ class SchedulerMind(Mind):
         assert ws.occupancy == sum(durations) + sum(ts.estimate_us for ts in ws.queue), ws
         assert ws.short_us == sum(d for d in durations if d <= ROOM_US), ws
         assert ws.long == sum(d > ROOM_US for d in durations), ws
-        assert ws in self.by_load[ws.load], ws
         assert (ws.load == EMPTY) == (not ws.processing), ws
         assert (ws.load <= FREE) == (len(ws.processing) < ws.nthreads), ws
-        # W2. Its tables and the tasks' agree.
-        for ts in ws.has_what:
-            assert self.tasks[ts.key] is ts and ws in ts.who_has, ts
-        for ts in ws.queue:
-            assert self.tasks[ts.key] is ts and ts.queued_on is ws, ts
-        # W3. No thread is idle while something waits for it.  (Room for a further, short one may
+        # W2. No thread is idle while something waits for it.  (Room for a further, short one may
         # go unnoticed for a while, when it is another worker that measures how short it is.)
         assert not ws.queue or ws.load > FREE, ws
+        assert [ws in group for group in self.by_load] == [i == ws.load for i in range(4)], ws
+
+
+def link(one, field, other, transpose):
+    """Enter a relation on both sides; ordered sets are made when first needed."""
+    for record, name, value in ((one, field, other), (other, transpose, one)):
+        if not getattr(record, name):
+            setattr(record, name, {})
+        getattr(record, name)[value] = None
+
+
+def check_transposes(some, field, others, transpose):
+    pairs = {(a, b) for a in some for b in getattr(a, field)}
+    assert pairs == {(a, b) for b in others for a in getattr(b, transpose)}, field
 
 
 # ---- 4. Worker mind: Attempt, WorkerMind ----
@@ -1400,24 +1195,22 @@ class Attempt:
     key: "str | tuple"
     name: str
     run_spec: tuple
-    priority: list
+    priority: tuple  # the task's, then the number: no two are alike
     inputs: "list[tuple]"  # [(key, attempt)]: the values that it is called with
     wanted: bool  # a client waits for the result: it should ride along if it is small
     state: str = "waiting"
     # Non-empty in "waiting" only: the inputs that are not here.
     waiting_for: "dict[tuple, None] | tuple[()]" = ()
-    taken: bool = False  # a thread has begun it
-    # Set at the end, and then it is gone.  How an attempt ends is one of three:
-    returned: bool = False
-    misses: tuple = ()  # [(key, attempt, holders)]: the inputs that nobody gave
-    finished: "tuple | None" = None  # nbytes, type, duration_us, value
-    exception: tuple = ()
+    # What it has to be whatever its inputs: "executing" when a thread has taken it, and then how
+    # it ends ("finished", "erred", "returned"), with the fields of the message that says so.
+    fate: str = ""
+    told: tuple = ()
 
-    def line(self, start):
-        return (self.key, start, self.state, self.number, "")
+    def where(self):
+        return self.number, ""
 
 
-class WorkerMind(Mind):
+class WorkerMind(FetchingMind):
     """What one worker has to do, and what it holds."""
 
     TRANSITIONS = edges(
@@ -1427,23 +1220,20 @@ class WorkerMind(Mind):
     def __init__(self):
         super().__init__()
         self.attempts = {}  # {number: Attempt}, until its end was told
-        self.data = {}  # {(key, attempt): nbytes}: the values held; the body has the objects
+        self.data = {}  # an ordered set of (key, attempt): the values held; the body has them
         self.needed_by = {}  # {(key, attempt): ordered set of Attempts that have not started}
         self.ready = Queue()  # attempts that a thread can begin
-        self.fetches = Fetches()
 
-    def stimulus_compute_task(self, peer, key, attempt, name, run_spec, inputs, priority, wanted):
+    def stimulus_compute_task(self, peer, key, attempt, name, run_spec, places, order, wanted):
         """[7] The scheduler sends an attempt: fetch its inputs, then it is ready."""
-        values = [(key, number) for key, number, _, _ in inputs]
-        new = Attempt(attempt, key, name, run_spec, priority, values, wanted)
+        inputs = {(key, number): holders for key, number, holders in places}
+        new = Attempt(attempt, key, name, run_spec, (*order, attempt), list(inputs), wanted)
         self.attempts[attempt] = new
-        new.waiting_for = {value: None for value in values if value not in self.data}
-        for value in values:
+        new.waiting_for = {value: None for value in inputs if value not in self.data}
+        for value in inputs:
             self.needed_by.setdefault(value, {})[new] = None
-        for key, number, nbytes, holders in inputs:
-            if (key, number) in new.waiting_for:
-                if not self.fetches.need((key, number), nbytes, holders):
-                    self.give_up([((key, number), [])])
+        for value in list(new.waiting_for):
+            self.need(value, inputs[value])
         self.mark(new)
         self.settle()
 
@@ -1451,180 +1241,120 @@ class WorkerMind(Mind):
         """[8] A thread is free: the Attempt that it shall run, or None."""
         attempt = self.ready.peek()
         if attempt is not None:
-            attempt.taken = True
-            self.mark(attempt)
+            self.decree(attempt, "executing")
             self.settle()
         return attempt
 
     def stimulus_finished(self, number, nbytes, type, duration_us, value):
         """[10] A thread has a result.  ``value`` are its frames, if it is to ride along."""
         attempt = self.attempts[number]
-        attempt.finished = (nbytes, type, duration_us, value)
-        self.mark(attempt)
+        self.data[attempt.key, number] = None  # Until the scheduler says otherwise.
+        self.decree(attempt, "finished", nbytes, type, duration_us, value)
         self.settle()
 
     def stimulus_failed(self, number, exception):
         """A thread met an exception."""
-        attempt = self.attempts[number]
-        attempt.exception = exception
-        self.mark(attempt)
+        self.decree(self.attempts[number], "erred", exception)
         self.settle()
 
-    def stimulus_data(self, holder, answers):
-        """A holder answered a request: [(key, attempt, status, frames)].
-
-        The body has stored what was given already; what is not needed any more is dropped.
-        """
-        given = {(key, attempt): (status, frames) for key, attempt, status, frames in answers}
-        given = {name: answer for name, answer in given.items() if answer[0] != "missing"}
-        sizes = {
-            name: self.fetches.wanted[name][0] for name in given if name in self.fetches.wanted
-        }
-        arrived, exhausted = self.fetches.answered(holder, given)
-        here = []
-        for name in arrived:
-            status, frames = given[name]
-            if status == "ok":
-                here.append(name)
-                self.data[name] = sizes[name]
-            for attempt in self.needed_by.get(name, ()):
-                attempt.waiting_for.pop(name, None)
-                if status != "ok":
-                    attempt.exception = frames  # Its holder cannot pickle it: nobody can use it.
-                self.mark(attempt)
-        if here:
-            self.send(SCHEDULER, "add-keys", here)
-        self.give_up(exhausted)
-        # Nobody needs these any more: they were dropped while the request was under way.
-        unneeded = [n for n, (status, _) in given.items() if status == "ok" and n not in self.data]
-        if unneeded:
-            self.send(HERE, "drop", unneeded)
-        self.settle()
-
-    def stimulus_free_keys(self, peer, values):
+    def stimulus_free_keys(self, peer, names):
         """The scheduler says that nobody needs these values."""
-        for name in values:
+        for name in names:
             del self.data[name]
             # Normal for an attempt that was abandoned, or whose input was struck: without its
             # input it goes back to be placed again.
             for attempt in self.needed_by.get(name, ()):
-                attempt.returned = True
-                self.mark(attempt)
-        self.send(HERE, "drop", values)
+                self.decree(attempt, "returned", [])
         self.settle()
 
-    def stimulus_worker_left(self, peer, worker):
-        """The scheduler says that a worker is dead: expect nothing from it any more."""
-        self.give_up(self.fetches.left(worker))
-        self.settle()
+    def arrived(self, name, ok, value):
+        """A copy of a value is here; or its holder cannot pickle it, and nobody can use it."""
+        if ok:
+            self.data[name] = None
+            self.send_name(SCHEDULER, "add-keys", name)
+        for attempt in self.needed_by.get(name, ()):
+            attempt.waiting_for.pop(name, None)
+            self.mark(attempt)
+            if not ok:
+                self.decree(attempt, "erred", value)
 
-    def give_up(self, exhausted):
-        """No holder gave these values: the attempts that need them go back, and say so."""
-        for name, holders in exhausted:
-            for attempt in self.needed_by.get(name, ()):
-                attempt.returned = True
-                attempt.misses = (*attempt.misses, (*name, holders))
-                self.mark(attempt)
+    def missed(self, name, misses):
+        """No holder gave this value: the attempts that need it go back, and say so."""
+        for attempt in self.needed_by.get(name, ()):
+            self.decree(attempt, "returned", [*(attempt.told or [[]])[0], (*name, misses)])
+
+    def decree(self, attempt, fate, *told):
+        attempt.fate, attempt.told = fate, told
+        self.mark(attempt)
 
     def goal(self, attempt):
         """What an attempt should be, given its inputs and what its thread said."""
-        if attempt.finished is not None:
-            return "finished"
-        if attempt.exception:
-            return "erred"
-        if attempt.taken:
-            return "executing"
-        if attempt.returned:
-            return "returned"
-        return "waiting" if attempt.waiting_for else "ready"
-
-    def settle(self):
-        """Take the edges; then ask for what is missing."""
-        super().settle()
-        for holder, values in self.fetches.requests():
-            self.send(holder, "get-data", values)
+        return attempt.fate or ("waiting" if attempt.waiting_for else "ready")
 
     def size(self):
         return len(self.attempts)
 
-    def transition_waiting_ready(self, attempt):
-        """All inputs are here."""
+    def leave_waiting(self, attempt):
         attempt.waiting_for = ()
+
+    def enter_ready(self, attempt):
+        """All inputs are here."""
         self.ready.push(attempt)
-        self.send(HERE, "ready")
 
-    def transition_waiting_returned(self, attempt):
-        self.end(attempt, "task-returned", attempt.misses)
-        self.forget_inputs(attempt)
-
-    def transition_waiting_erred(self, attempt):
-        self.end(attempt, "task-erred", attempt.exception)
-        self.forget_inputs(attempt)
-
-    def transition_ready_executing(self, attempt):
-        """From now on its thread holds the inputs; they may be freed here."""
+    def leave_ready(self, attempt):
         self.ready.discard(attempt)
-        self.forget_inputs(attempt)
 
-    def transition_ready_returned(self, attempt):
-        self.ready.discard(attempt)
-        self.transition_waiting_returned(attempt)
+    def enter_executing(self, attempt):
+        """From now on its thread holds the inputs; they may be freed here.
 
-    def transition_executing_finished(self, attempt):
-        """The value is held until the scheduler says otherwise."""
-        self.data[attempt.key, attempt.number] = attempt.finished[0]
-        self.end(attempt, "task-finished", *attempt.finished)
+        What only this attempt needed is not fetched any more.
+        """
+        for name in attempt.inputs:
+            needed_by = self.needed_by.get(name, {})
+            if needed_by.pop(attempt, 0) is None and not needed_by:
+                del self.needed_by[name]
+                self.wanted.pop(name, None)
 
-    def transition_executing_erred(self, attempt):
-        self.end(attempt, "task-erred", attempt.exception)
+    def leave_executing(self, attempt):
+        """It owns no field."""
 
-    def end(self, attempt, op, *values):
+    def enter_finished(self, attempt):
         """An attempt ends once, by one message."""
         del self.attempts[attempt.number]
-        self.send(SCHEDULER, op, attempt.number, *values)
+        self.enter_executing(attempt)
+        self.send(SCHEDULER, f"task-{attempt.fate}", attempt.number, *attempt.told)
 
-    def forget_inputs(self, attempt):
-        """It needs its inputs no longer; what only it needed is not fetched."""
-        for name in dict.fromkeys(attempt.inputs):
-            del self.needed_by[name][attempt]
-            if not self.needed_by[name]:
-                del self.needed_by[name]
-                self.fetches.drop(name)
+    enter_erred = enter_returned = enter_finished
 
     def validate(self):
-        """Assert every invariant.  Slow by design."""
-        assert not self.marked
+        super().validate()
         needed = {}
         for number, attempt in self.attempts.items():
             # A1. What an attempt is follows from what it has.
             assert attempt.number == number and attempt.state == self.goal(attempt), attempt
-            assert attempt.state in ("waiting", "ready", "executing"), attempt
-            assert (attempt in self.ready.live) == (attempt.state == "ready"), attempt
-            if attempt.state == "executing":
-                continue
-            # A2. It waits for exactly the inputs that are not here, and those are fetched.
-            missing = {name for name in attempt.inputs if name not in self.data}
-            assert set(attempt.waiting_for) == missing <= set(self.fetches.wanted), attempt
-            for name in attempt.inputs:
-                needed.setdefault(name, set()).add(attempt)
+            assert (attempt in self.ready) == (attempt.state == "ready"), attempt
+            if attempt.state != "executing":
+                # A2. It waits for exactly the inputs that are not here, and those are fetched.
+                missing = {name for name in attempt.inputs if name not in self.data}
+                assert set(attempt.waiting_for) == missing <= set(self.wanted), attempt
+                for name in attempt.inputs:
+                    needed.setdefault(name, {})[attempt] = None
         # A3. needed_by is the transpose of inputs, for those that have not started.
-        assert needed == {name: set(some) for name, some in self.needed_by.items()}
+        assert needed == self.needed_by
         # A4. Nothing is fetched that nobody needs, or that is here.
-        assert set(self.fetches.wanted) <= set(self.needed_by)
-        assert not set(self.fetches.wanted) & set(self.data)
-        self.fetches.validate()
+        assert set(self.wanted) <= set(self.needed_by) - set(self.data)
 
 
 # ================================ Part two, how it travels ========================================
 
-# ---- 5. Wire: pack, read_batch, Connection, handshake, connect, accept, Peers ----
+# ---- 5. Wire: pack, read_batch, Connection, the handshake ----
 #
 # Nothing else in this file knows bytes.  A batch is a prefix of two integers, a JSON header
 # ``[messages, sizes of frames]`` and the binary frames.  JSON, because a reader can watch it go
 # by, and because parsing it can run no code.
 
 PREFIX = struct.Struct("!IQ")  # bytes of the header, bytes of all frames
-LARGE = 64 << 10  # frames from this size on are read straight into a buffer of their own
+LARGE = 256 << 10  # frames of so much together are read straight into buffers of their own
 CHUNK = 1 << 20
 
 
@@ -1634,18 +1364,15 @@ def pack(messages):
     A frame stands in a message as its place in the batch's table of frames; one that several
     messages share (the function of a ``map``) is there once.
     """
-    frames, places = [], {}
+    frames = {}  # {id of a frame: (its place, a view of it)}
 
     def place(frame):
-        number = places.setdefault(id(frame), len(frames))
-        if number == len(frames):
-            frames.append(memoryview(frame))
-        return number
+        return frames.setdefault(id(frame), (len(frames), memoryview(frame)))[0]
 
-    encoder = json.JSONEncoder(default=place, separators=(",", ":"), check_circular=False)
-    body = encoder.encode(messages)
-    header = f"[{body},{json.dumps([frame.nbytes for frame in frames])}]".encode()
-    return [PREFIX.pack(len(header), sum(f.nbytes for f in frames)), header, *frames]
+    body = json.dumps(messages, default=place, separators=(",", ":"), check_circular=False)
+    views = [view for _, view in frames.values()]
+    header = f"[{body},{json.dumps([view.nbytes for view in views])}]".encode()
+    return [PREFIX.pack(len(header), sum(view.nbytes for view in views)), header, *views]
 
 
 async def read_batch(reader, sender):
@@ -1665,28 +1392,13 @@ async def read_batch(reader, sender):
         messages = list(messages)
     except (ValueError, TypeError, RecursionError) as error:
         raise ProtocolError(f"no header: {error}") from error
-    frames = await read_frames(reader, sizes)
+    if frames_bytes < LARGE:
+        # Read together, then copied: a small frame must not pin the batch that it came in.
+        buffer, ends = await reader.readexactly(frames_bytes), accumulate(sizes)
+        frames = [buffer[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    else:
+        frames = [await read_large(reader, size) for size in sizes]
     return [check_message(message, frames, sender) for message in messages]
-
-
-async def read_frames(reader, sizes):
-    """The frames of a batch: runs of small ones are read together, large ones one by one."""
-    frames, first = [], 0
-    while first < len(sizes):
-        end, total = first, 0
-        while end < len(sizes) and sizes[end] < LARGE and total < CHUNK:
-            total += sizes[end]
-            end += 1
-        if end == first:
-            frames.append(await read_large(reader, sizes[first]))
-            end += 1
-        else:
-            run, start = await reader.readexactly(total), 0
-            for size in sizes[first:end]:
-                frames.append(run[start : start + size])  # A copy: it must not pin the run.
-                start += size
-        first = end
-    return frames
 
 
 async def read_large(reader, size):
@@ -1703,15 +1415,35 @@ async def read_large(reader, size):
 
 
 class Connection:
-    """Batches over one pair of asyncio streams, after the handshake."""
+    """Batches over one pair of asyncio streams.
 
-    def __init__(self, reader, writer, peer):
-        self.reader, self.writer = reader, writer
-        self.peer = peer  # what kind of peer is at the other end
+    What is sent before the streams are there waits for them.
+    """
+
+    def __init__(self):
         self.outbox = []
-        self.flushing = False
+        self.writer = None
         self.writing = None  # the task that writes what one turn of the loop could not
         self.loop = asyncio.get_running_loop()
+
+    async def connect(self, address, role, worker=""):
+        """Connect to ``address``, and to that worker process if one is named.
+
+        Raises OSError or EOFError if nobody is there, PermissionError if we are refused.
+        """
+        opening = asyncio.open_connection(*split_address(address), limit=4 * CHUNK)
+        await self.open(*await asyncio.wait_for(opening, LIMITS["handshake_seconds"]), role, worker)
+
+    async def open(self, reader, writer, role, worker="", accepting=False):
+        """Shake hands, and then send what waits."""
+        try:
+            handshake = shake_hands(reader, writer, role, worker, accepting)
+            self.peer = await asyncio.wait_for(handshake, LIMITS["handshake_seconds"])
+        except BaseException:
+            writer.close()
+            raise
+        self.reader, self.writer = reader, writer
+        self.flush()
 
     def send(self, message):
         """[3] Append to the outbox; it is flushed at the end of the current turn of the loop.
@@ -1719,68 +1451,95 @@ class Connection:
         No timer: an idle system sends at once, a busy one makes larger batches by itself.
         """
         self.outbox.append(message)
-        if not self.flushing:
-            self.flushing = True
+        if len(self.outbox) == 1 and self.writer and not self.writing:
             self.loop.call_soon(self.flush)
 
     def flush(self):
-        """Write one batch; if there is more, or it is slow, go on in a task."""
-        if self.writer.is_closing():
+        """Write one batch; if it is large, or the peer is slow, in a task."""
+        if not self.outbox or self.writer.is_closing():
             return
         batch = self.outbox[: LIMITS["batch_messages"]]
+        del self.outbox[: len(batch)]
         buffers = pack(batch)
-        transport = self.writer.transport
-        if sum(map(len, buffers)) < CHUNK and transport.get_write_buffer_size() < CHUNK:
-            del self.outbox[: len(batch)]
+        waiting = self.writer.transport.get_write_buffer_size()
+        if sum(map(len, buffers)) + waiting < CHUNK:
             self.writer.write(b"".join(buffers))
-            self.flushing = bool(self.outbox)
-            if self.flushing:
+            if self.outbox:
                 self.loop.call_soon(self.flush)
         else:
-            self.writing = self.loop.create_task(self.write_slowly())
+            self.writing = self.loop.create_task(self.write(buffers))
 
-    async def write_slowly(self):
-        """Write what waits, as fast as the peer takes it.  Slow is not dead, but stalled is."""
+    async def write(self, buffers):
+        """Write a batch as fast as the peer takes it.  Slow is not dead, but stalled is."""
         try:
-            while self.outbox:
-                batch = self.outbox[: LIMITS["batch_messages"]]
-                del self.outbox[: len(batch)]
-                for buffer in pack(batch):
-                    view = memoryview(buffer).cast("B")
-                    for start in range(0, len(view), CHUNK):
-                        self.writer.write(view[start : start + CHUNK])
-                        await asyncio.wait_for(self.writer.drain(), LIMITS["stall_seconds"])
-        except (OSError, TimeoutError):
-            self.writer.transport.abort()
-        self.flushing, self.writing = False, None
+            for buffer in map(memoryview, buffers):
+                for start in range(0, len(buffer), CHUNK):
+                    self.writer.write(buffer[start : start + CHUNK])
+                    await asyncio.wait_for(self.writer.drain(), LIMITS["stall_seconds"])
+        except OSError:
+            self.hang_up()
+        self.writing = None
+        self.flush()
 
     async def receive(self):
-        """The messages of the next batch."""
+        """The checked messages of the next batch."""
         return await read_batch(self.reader, self.peer)
+
+    def hang_up(self):
+        if self.writer:
+            self.writer.transport.abort()
 
     async def close(self):
         """Write what waits, then close."""
-        while self.flushing and not self.writer.is_closing():
-            if self.writing is None:
-                await asyncio.sleep(0)  # The flush is due in this turn or the next.
-            else:
-                await self.writing
+        while (self.outbox or self.writing) and not self.writer.is_closing():
+            # If it is not being written, the flush is due in this turn of the loop or the next.
+            await (self.writing or asyncio.sleep(0))
         self.writer.close()
-        try:
+        with contextlib.suppress(OSError):
             await asyncio.wait_for(self.writer.wait_closed(), 1)
-        except (OSError, TimeoutError):
-            self.writer.transport.abort()
+        self.hang_up()
 
 
-# The handshake, before anything else: fixed sizes, and a time limit.  The connector says hello,
-# the acceptor says hello, the connector proves that it holds the secret, and names the worker
-# process that it means (ports are reused), and the acceptor proves it too.  (HMAC challenge and
-# response as in Python's multiprocessing.connection, but in both directions at once.)
+# The handshake, before anything else: fixed sizes, and a time limit.  Both sides say hello, which
+# names the worker process that is meant (ports are reused); then both prove that they hold the
+# secret, the connector first.  (HMAC challenge and response as in multiprocessing.connection.)
 
-HELLO = struct.Struct("!8sHBBB32s")  # magic, protocol, Python's version, role, nonce
+HELLO = struct.Struct("!8sHBBB32s32s")  # magic, protocol, Python's version, role, nonce, worker
 MAGIC, PROTOCOL = b"minidist", 1
 ROLES = ["client", "worker", "scheduler", "holder"]
-WELCOME, WRONG_SECRET, WRONG_WORKER = b"\0", b"\1", b"\2"
+REFUSAL = "wrong secret: set MINIDIST_TOKEN, or copy ~/.minidist/token, so that it is the same"
+
+
+async def shake_hands(reader, writer, role, worker, accepting):
+    """Returns the kind of peer at the other end.  Raises PermissionError if it is not like us."""
+    version, meant = sys.version_info[:2], hashlib.sha256(worker.encode()).digest()
+    mine = HELLO.pack(MAGIC, PROTOCOL, *version, ROLES.index(role), os.urandom(32), meant)
+    writer.write(mine)
+    theirs = await reader.readexactly(HELLO.size)
+    magic, protocol, major, minor, peer, _, their_worker = HELLO.unpack(theirs)
+    if magic != MAGIC or peer >= len(ROLES):
+        raise PermissionError("the other end does not speak minidist")
+    if (protocol, (major, minor)) != (PROTOCOL, version):
+        text = f"the other end has protocol {protocol}, Python {major}.{minor}; this one has"
+        raise PermissionError(f"{text} {PROTOCOL}, {version[0]}.{version[1]}: they must be equal")
+    if their_worker != meant:
+        raise ConnectionError(f"{worker or 'the worker that the other end means'} is not there")
+
+    def proof(by_acceptor):
+        said = b"acceptor" if by_acceptor else b"connector"
+        said += theirs + mine if accepting else mine + theirs
+        return hmac.digest(secret(), said, "sha256")
+
+    if not accepting:
+        writer.write(proof(by_acceptor=False))
+    try:
+        if not hmac.compare_digest(await reader.readexactly(32), proof(not accepting)):
+            raise PermissionError(f"a {ROLES[peer]} with a {REFUSAL}")
+    except (asyncio.IncompleteReadError, ConnectionResetError):
+        raise PermissionError(REFUSAL) from None  # It hung up on our proof.
+    if accepting:
+        writer.write(proof(by_acceptor=True))
+    return ROLES[peer]
 
 
 def secret():
@@ -1794,9 +1553,9 @@ def secret():
     path = os.path.expanduser("~/.minidist/token")
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        draft = f"{path}.{uuid.uuid4().hex}"
+        draft = f"{path}.{unique()}"
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(uuid.uuid4().hex + uuid.uuid4().hex)
+            file.write(os.urandom(32).hex())
         with contextlib.suppress(FileExistsError):  # Another process was first: use its own.
             os.link(draft, path)
         os.unlink(draft)
@@ -1806,140 +1565,12 @@ def secret():
         return file.read()
 
 
-def hello(role):
-    version = sys.version_info[:2]
-    return HELLO.pack(MAGIC, PROTOCOL, *version, ROLES.index(role), os.urandom(32))
-
-
-def check_hello(theirs):
-    """What kind of peer says hello.  Raises PermissionError if it is not like us."""
-    magic, protocol, major, minor, role, _ = HELLO.unpack(theirs)
-    if magic != MAGIC:
-        raise PermissionError("the other end does not speak minidist")
-    ours = f"protocol {PROTOCOL}, Python {sys.version_info[0]}.{sys.version_info[1]}"
-    if ours != f"protocol {protocol}, Python {major}.{minor}":
-        text = f"the other end has protocol {protocol}, Python {major}.{minor}, this one {ours}"
-        raise PermissionError(f"{text}: they must be equal")
-    return ROLES[min(role, 3)]
-
-
-def prove(side, said):
-    return hmac.digest(secret(), side + said, "sha256")
-
-
-REFUSAL = "wrong secret: set MINIDIST_TOKEN, or copy ~/.minidist/token, so that it is the same"
-
-
-async def connect(address, role, worker=""):
-    """Open a Connection to ``address`` ("tcp://HOST:PORT"), and to that worker process if named.
-
-    Raises OSError if nobody is there, PermissionError if we are refused.
-    """
-    host, port = split_address(address)
-    try:
-        async with asyncio.timeout(LIMITS["handshake_seconds"]):
-            reader, writer = await asyncio.open_connection(host, port, limit=4 * CHUNK)
-            try:
-                peer = await introduce(reader, writer, role, worker)
-            except BaseException:
-                writer.transport.abort()
-                raise
-    except TimeoutError as error:
-        raise ConnectionError(f"no answer from {address}") from error
-    return Connection(reader, writer, peer)
-
-
-async def introduce(reader, writer, role, worker):
-    """The connector's part of the handshake."""
-    try:
-        mine = hello(role)
-        writer.write(mine)
-        theirs = await reader.readexactly(HELLO.size)
-        peer = check_hello(theirs)
-        meant = hashlib.sha256(worker.encode()).digest()
-        said = mine + theirs + meant
-        writer.write(meant + prove(b"connector", said))
-        verdict = await reader.readexactly(33)
-    except asyncio.IncompleteReadError as error:
-        raise ConnectionError("the other end hung up in the handshake") from error
-    if verdict[:1] == WRONG_WORKER:
-        raise ConnectionError(f"{worker} is not there any more")
-    if verdict[:1] != WELCOME or not hmac.compare_digest(verdict[1:], prove(b"acceptor", said)):
-        raise PermissionError(REFUSAL)
-    return peer
-
-
-async def accept(reader, writer, role, worker=""):
-    """The acceptor's part of the handshake: a Connection, or PermissionError."""
-    async with asyncio.timeout(LIMITS["handshake_seconds"]):
-        theirs = await reader.readexactly(HELLO.size)
-        mine = hello(role)
-        writer.write(mine)
-        peer = check_hello(theirs)
-        meant, proof = await reader.readexactly(32), await reader.readexactly(32)
-    said = theirs + mine + meant
-    if not hmac.compare_digest(proof, prove(b"connector", said)):
-        writer.write(WRONG_SECRET + bytes(32))
-        raise PermissionError(f"a {peer} with a {REFUSAL}")
-    if meant != hashlib.sha256(worker.encode()).digest():
-        writer.write(WRONG_WORKER + bytes(32))
-        raise PermissionError(f"a {peer} that means another worker")
-    writer.write(WELCOME + prove(b"acceptor", said))
-    return Connection(reader, writer, peer)
-
-
 def split_address(address):
     """("HOST", PORT) of "tcp://HOST:PORT" or "HOST:PORT"; ValueError if it is neither."""
     host, colon, port = str(address).removeprefix("tcp://").rpartition(":")
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{address!r} is no address: it should look like '127.0.0.1:8786'")
     return host.strip("[]"), int(port)
-
-
-class Peers:
-    """Data connections to holders of values: opened when first needed, one for each holder."""
-
-    def __init__(self, role, answered):
-        self.role = role
-        self.answered = answered  # called with (holder, answers); none after a broken link
-        self.connections = {}  # {worker id: Connection}
-        self.tasks = {}  # {asyncio.Task: worker id}: requests that are under way
-
-    def request(self, holder, values):
-        """Ask a holder for values.  (A mind makes one request to a holder at a time.)"""
-        task = asyncio.get_running_loop().create_task(self.get_data(holder, values))
-        self.tasks[task] = holder
-        task.add_done_callback(self.tasks.pop)
-
-    async def get_data(self, holder, values):
-        answers = []
-        try:
-            connection = self.connections.get(holder)
-            if connection is None:
-                connection = await connect(holder.partition("#")[0], self.role, holder)
-                self.connections[holder] = connection
-            connection.send({"op": "get-data", "values": values})
-            while len(answers) < len(values):
-                answers += [(*m.values(),)[1:] for m in await connection.receive()]
-        except (OSError, EOFError, ProtocolError):
-            # Nothing is concluded here; the mind is told which values did not come.
-            self.forget(holder)
-        self.answered(holder, answers)
-
-    def forget(self, holder):
-        connection = self.connections.pop(holder, None)
-        if connection is not None:
-            connection.writer.transport.abort()
-
-    def left(self, holder):
-        """That worker is dead: do not wait for it."""
-        for task in [task for task, asked in self.tasks.items() if asked == holder]:
-            task.cancel()
-        self.forget(holder)
-
-    def close(self):
-        for holder in [*self.tasks.values(), *self.connections]:
-            self.left(holder)
 
 
 # ---- 6. Serialization: dumps, loads, dump_call, load_call, exceptions, sizeof, keys ----
@@ -1987,14 +1618,21 @@ def resolve(key):
     return CONTEXT.inputs[key]
 
 
-def dump_function(func):
-    """(frame, futures in it); the frame is empty if the function has to travel in the call."""
+@contextlib.contextmanager
+def collecting():
+    """A dict in which each Future that is pickled meanwhile adds itself."""
     CONTEXT.collected = {}
     try:
-        frames = dump_part(f"the function {name_of(func)!r}", func)
-        return (b"" if CONTEXT.collected or len(frames) > 1 else frames[0]), func
+        yield CONTEXT.collected
     finally:
         CONTEXT.collected = None
+
+
+def dump_function(func):
+    """(frame, func); the frame is empty if the function has to travel in the call."""
+    with collecting() as futures:
+        frames = dump_part(f"the function {name_of(func)!r}", func)
+        return (b"" if futures or len(frames) > 1 else frames[0]), func
 
 
 def dump_call(function, args, kwargs):
@@ -2004,22 +1642,16 @@ def dump_call(function, args, kwargs):
     ``Future.__reduce__``: so it is found at any depth, and never by equal strings.
     """
     frame, func = function
-    CONTEXT.collected = futures = {}
-    try:
-        call = (args, kwargs) if frame else (func, args, kwargs)
+    with collecting() as futures:
         try:
-            data, *buffers = dumps(call)
+            data, *buffers = dumps((args, kwargs) if frame else (func, args, kwargs))
         except Exception:
             # Which one is it?  At this price only now.
-            for place, arg in enumerate(args):
-                dump_part(f"argument {place} of {name_of(func)}", arg)
-            for name, arg in kwargs.items():
-                dump_part(f"argument {name!r} of {name_of(func)}", arg)
+            for place, arg in (*enumerate(args), *kwargs.items()):
+                dump_part(f"argument {place!r} of {name_of(func)}", arg)
             raise
         # Copies: what the caller does to an array after the call must not change the call.
         return (frame, data, *map(bytes, buffers)), list(futures)
-    finally:
-        CONTEXT.collected = None
 
 
 def dump_part(what, obj):
@@ -2068,15 +1700,16 @@ def pure_key(name, frames):
     return f"{name}-{digest.hexdigest()}"
 
 
+def unique():
+    return os.urandom(16).hex()
+
+
 def check_key(key):
     """A key is a string, or a tuple of strings, numbers and tuples; anything else a TypeError."""
-    parts = key if type(key) is tuple else ()
-    for part in parts:
-        if type(part) not in (int, float):
-            check_key(part)
-    if type(key) is not str and not parts:
-        raise TypeError(f"a key is a string or a tuple, not {key!r:.80}")
-    return key
+    try:
+        return to_key(json.loads(json.dumps(key if isinstance(key, (str, tuple)) else None)))
+    except (TypeError, ValueError, RecursionError):
+        raise TypeError(f"a key is a string or a tuple, not {key!r:.80}") from None
 
 
 class RemoteError(Exception):
@@ -2091,30 +1724,24 @@ def pack_exception(error, skip=0):
     """
     links, relation = [], ""
     while error is not None and len(links) < 20:
-        places, tb = [], error.__traceback__
-        while tb is not None:
-            code = tb.tb_frame.f_code
-            places.append((code.co_filename, tb.tb_lineno, code.co_name))
-            tb = tb.tb_next
+        places = [
+            (frame.f_code.co_filename, line, frame.f_code.co_name)
+            for frame, line in traceback.walk_tb(error.__traceback__)
+        ]
         try:
             (data,) = dumps(error)
             pickle.loads(data)  # Many exceptions can be pickled, but not unpickled.
         except Exception:
             data = b""
-        text = f"{type_name(error)}: {printed(error)}"
+        try:
+            text = f"{type_name(error)}: {error}"
+        except Exception as another:  # Even ``str`` may raise.
+            text = f"{type_name(error)}, whose text raises {type_name(another)}"
         links.append((relation, data, text, places[skip:]))
         skip, relation = 0, "cause" if error.__cause__ is not None else "context"
         suppressed = error.__suppress_context__ and error.__cause__ is None
         error = None if suppressed else error.__cause__ or error.__context__
     return (pickle.dumps(links, protocol=5),)
-
-
-def printed(error):
-    """The exception's own words, if it has any: even ``str`` may raise."""
-    try:
-        return str(error)
-    except Exception as another:
-        return f"(its text raises {type_name(another)})"
 
 
 def unpack_exception(frames):
@@ -2138,7 +1765,7 @@ def rebuild_traceback(places):
     Tracebacks need frames, and frames come from running code: for each place a line of code that
     carries its names is compiled and run to its exception.  (The idea is that of tblib.)
     """
-    traceback = None
+    tb = None
     for filename, line, name in reversed(places):
         code = compile("raise RuntimeError", filename, "exec")
         units = len(code.co_code) // 2
@@ -2150,8 +1777,8 @@ def rebuild_traceback(places):
             exec(code.replace(co_name=name, co_qualname=name, **where), {"__file__": filename})
         except RuntimeError as error:
             frame = error.__traceback__.tb_next.tb_frame
-        traceback = types.TracebackType(traceback, frame, frame.f_lasti, line)
-    return traceback
+        tb = types.TracebackType(tb, frame, frame.f_lasti, line)
+    return tb
 
 
 def sizeof(obj, depth=3):
@@ -2172,94 +1799,115 @@ def type_name(obj):
 
 
 # ================================ Part three, how it runs =========================================
+#
+# Bodies decide nothing: they check what comes in, call the stimulus that its op names, and send
+# what the mind leaves in its outbox.
 
 logger = logging.getLogger("minidist")
 STIMULI = {op: "stimulus_" + op.replace("-", "_") for op in MESSAGES}
 
 
-async def listen(serve, host, port):
-    """A server that calls ``serve(reader, writer)`` for each connection."""
-    return await asyncio.start_server(serve, host, port, limit=4 * CHUNK)
+class Body:
+    """What the bodies of the three minds share: links to peers, and the tasks that serve them."""
 
+    role = ""  # as what it introduces itself to a peer that it connects to, ...
+    role_when_called = ""  # ... and to one that connects to it
+    id = ""  # the worker process that whoever connects has to mean
 
-# ---- 7. Scheduler: the asyncio-stream server around its mind ----
-
-
-class Scheduler:
-    """Runs a SchedulerMind: checks what comes in, calls its stimulus, sends what goes out.
-
-    ``host`` and ``port`` say where it listens; port 0 is any that is free.  An
-    ``async with`` starts and closes it.  ``address`` is what workers and clients connect to,
-    ``state`` the mind.
-    """
-
-    def __init__(self, host="127.0.0.1", port=0):
-        self.host, self.port = host, port
-        self.state = SchedulerMind(first_attempt=time.time_ns() // 1000)
-        self.connections = {}  # {peer: Connection}
-        self.serving = set()  # tasks, one for each connection
+    def __init__(self, mind):
+        self.state = mind
+        self.links = {}  # {peer: Connection}
+        self.tasks = set()  # of asyncio, cancelled when it ends
+        self.lock = contextlib.nullcontext()  # around the mind
         self.validating = bool(os.environ.get("MINIDIST_VALIDATE"))
-
-    async def __aenter__(self):
-        self.server = await listen(self.serve, self.host, self.port)
-        port = self.server.sockets[0].getsockname()[1]
-        self.address = f"tcp://{reachable(self.host)}:{port}"
-        return self
 
     async def __aexit__(self, *_):
         await self.close()
 
-    async def close(self):
-        """Hang up on everybody.  Workers end, and clients' pending futures are cancelled."""
-        self.server.close()
-        await close_all(self.serving)
+    def start(self, coroutine):
+        task = asyncio.ensure_future(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
 
-    async def serve(self, reader, writer):
-        """[4] One peer's stream: check each message, call the stimulus that its op names."""
-        self.serving.add(asyncio.current_task())
-        peer = kind = None
+    async def stop(self):
+        """Cancel its tasks, and wait until they are gone."""
+        others = [task for task in self.tasks if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def listen(self, host, port):
+        """Serve whoever connects; ``address`` says where."""
+        self.server = await asyncio.start_server(self.accept, host, port, limit=4 * CHUNK)
+        port = self.server.sockets[0].getsockname()[1]
+        self.address = f"tcp://{reachable(host)}:{port}"
+
+    async def accept(self, reader, writer):
+        self.tasks.add(asyncio.current_task())
+        connection = Connection()
         try:
-            connection = await accept(reader, writer, "scheduler")
-            kind = connection.peer
-            while True:
-                for message in await connection.receive():
-                    op = message.pop("op")
-                    if (peer is None) != op.startswith("register-"):
-                        raise ProtocolError(f"{op} at the wrong time")
-                    if peer is None:
-                        peer = self.join(message.pop("id"), connection)
-                    getattr(self.state, STIMULI[op])(peer, **message)
-                self.flush()
+            await connection.open(reader, writer, self.role_when_called, self.id, accepting=True)
+            await self.serve(connection)
         except (PermissionError, ProtocolError) as error:
-            peername = peer or writer.get_extra_info("peername")
-            logger.warning("Refused %s: %s", peername, error)
-        except (OSError, EOFError, TimeoutError, asyncio.CancelledError):
-            pass  # The peer is gone, or we are; what that means is the mind's business.
+            logger.warning("Refused %s: %s", writer.get_extra_info("peername"), error)
+        except (OSError, EOFError, asyncio.CancelledError):
+            pass  # The peer is gone, or we are.
+        except Exception:
+            logger.exception("Dropped %s: it broke us", writer.get_extra_info("peername"))
+        finally:
+            self.tasks.discard(asyncio.current_task())
+            writer.close()
+
+    async def follow(self, peer, connection, batch=()):
+        """[4] A peer's checked messages, until its stream ends: each one's op names a stimulus."""
+        self.links[peer] = connection
+        try:
+            while True:
+                with self.lock:
+                    for message in batch:
+                        self.take(peer, message.pop("op"), message)
+                self.flush()
+                batch = await connection.receive()
+        except ProtocolError as error:
+            logger.warning("Dropped %s: %s", peer, error)
+        except (OSError, EOFError):
+            pass  # What it means that a peer is gone is the mind's business.
         except Exception:
             logger.exception("Dropped %s: what it sent cannot be", peer)
         finally:
-            self.serving.discard(asyncio.current_task())
-            writer.close()
-            if peer is not None:
-                logger.info("%s left", peer)
-                del self.connections[peer]
-                getattr(self.state, f"stimulus_{kind}_left")(peer)
-                self.flush()
+            del self.links[peer]
+            connection.writer.close()
 
-    def join(self, peer, connection):
-        if peer in self.connections:
-            raise ProtocolError(f"{peer} is here already")
-        logger.info("%s joined", peer)
-        self.connections[peer] = connection
-        return peer
+    def take(self, peer, op, fields):
+        getattr(self.state, STIMULI[op])(peer, **fields)
+        if op == "worker-left" and fields["worker"] in self.links:
+            self.links[fields["worker"]].hang_up()
 
     def flush(self):
         """Send what the mind has in its outbox."""
-        outbox, self.state.outbox = self.state.outbox, []
+        with self.lock:
+            outbox, self.state.outbox = self.state.outbox, []
+            if self.validating:
+                self.state.validate()
         for peer, message in outbox:
-            self.connections[peer].send(message)
-        if self.validating:
-            self.state.validate()
+            if peer not in self.links and peer != SCHEDULER:
+                self.links[peer] = Connection()
+                self.start(self.reach(peer, self.links[peer]))
+            if peer in self.links:  # (The scheduler may be gone.)
+                self.links[peer].send(message)
+
+    async def reach(self, holder, connection):
+        """A data connection to a holder of values, from when it is first needed until it breaks."""
+        try:
+            await connection.connect(holder.partition("#")[0], self.role, holder)
+        except (OSError, EOFError):
+            del self.links[holder]
+        else:
+            await self.follow(holder, connection)
+        with self.lock:
+            self.state.stimulus_link_lost(holder)
+        self.flush()
 
 
 def reachable(host):
@@ -2274,30 +1922,70 @@ def reachable(host):
             return "127.0.0.1"
 
 
-async def close_all(tasks):
-    """Cancel tasks, and wait until they are gone."""
-    others = [task for task in tasks if task is not asyncio.current_task()]
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-
-
-async def keep_connecting(address, role, seconds):
-    """Connect; while nobody is there, try again for so many seconds (None: for ever)."""
-    start, said = time.monotonic(), False
-    while True:
+async def reach_scheduler(address, role, timeout):
+    """A Connection; while nobody is there, it is tried again for ``timeout`` s (None: for ever)."""
+    deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+    for trial in count():
+        connection = Connection()
         try:
-            return await connect(address, role)
+            await connection.connect(address, role)
+            return connection
         except PermissionError as error:
             raise PermissionError(f"{address}: {error}") from None
-        except OSError as error:
-            if seconds is not None and time.monotonic() - start >= seconds:
-                text = f"no scheduler at {address} within {seconds} s ({error})"
+        except (OSError, EOFError) as error:
+            if time.monotonic() >= deadline:
+                text = f"no scheduler at {address} within {timeout} s ({error!r})"
                 raise ConnectionError(text) from error
-            if seconds is None and not said:
-                logger.warning("No scheduler at %s yet; trying again", address)
-                said = True
-            await asyncio.sleep(0.1)
+        if timeout is None and trial == 0:
+            logger.warning("No scheduler at %s yet; trying again", address)
+        await asyncio.sleep(0.1)
+
+
+# ---- 7. Scheduler: the asyncio-stream server around its mind ----
+
+
+class Scheduler(Body):
+    """Runs a SchedulerMind.
+
+    ``host`` and ``port`` say where it listens; port 0 is any that is free.  An
+    ``async with`` starts and closes it.  ``address`` is what workers and clients connect to,
+    ``state`` the mind.
+    """
+
+    role_when_called = "scheduler"
+
+    def __init__(self, host="127.0.0.1", port=0):
+        super().__init__(SchedulerMind(first_attempt=time.time_ns() // 1000))
+        self.host, self.port = host, port
+
+    async def __aenter__(self):
+        await self.listen(self.host, self.port)
+        return self
+
+    async def close(self):
+        """Hang up on everybody.  Workers end, and clients' pending futures are cancelled."""
+        self.server.close()
+        await self.stop()
+
+    async def serve(self, connection):
+        """One peer, from when it registers until it leaves."""
+        batch = await connection.receive()
+        peer = batch[0].pop("id", None) if batch else None  # Only who registers has one.
+        if peer is None or peer in self.links:
+            raise ProtocolError(f"a {connection.peer} that does not register, or is here already")
+        logger.info("%s joined", peer)
+        try:
+            await self.follow(peer, connection, batch)
+        finally:
+            logger.info("%s left", peer)
+            getattr(self.state, f"stimulus_{connection.peer}_left")(peer)
+            self.flush()
+
+    def take(self, peer, op, fields):
+        known = peer in self.state.workers or peer in self.state.clients
+        if known == op.startswith("register-"):
+            raise ProtocolError(f"{op} at the wrong time")
+        super().take(peer, op, fields)
 
 
 # ---- 8. Worker: executor threads, peer-to-peer transfers ----
@@ -2310,7 +1998,7 @@ class Packed:
         self.frames = frames
 
 
-class Worker:
+class Worker(Body):
     """Runs a WorkerMind: threads that take ready attempts, and a store of values.
 
     ``nthreads`` tasks run at a time (default: one for each core); ``name`` is its own in the
@@ -2319,54 +2007,45 @@ class Worker:
     scheduler, ValueError if the name is in use.
     """
 
+    role, role_when_called = "worker", "holder"
+
     def __init__(self, scheduler_address, nthreads=None, name=None, timeout=10):
+        super().__init__(WorkerMind())
         split_address(scheduler_address)
         self.scheduler_address, self.timeout = scheduler_address, timeout
         self.nthreads, self.name = nthreads or os.cpu_count() or 1, name
-        self.state = WorkerMind()
-        self.lock = threading.Lock()  # around the mind and the store: threads take attempts
+        self.lock = threading.Condition()  # Threads take attempts; they wait for a ready one.
         self.store = {}  # {(key, attempt): value or Packed}
-        self.tokens = queue.SimpleQueue()  # one for each attempt that became ready
-        self.done = deque()  # (stimulus, its arguments): what threads hand back
-        self.waking = False
-        self.tasks = set()  # of asyncio: one for the stream, one for each data connection
+        self.done = deque()  # (stimulus, its arguments, result): what threads hand back
+        self.waking = self.closed = False
 
     async def __aenter__(self):
         """Connect, listen where the scheduler was reached from, register, start the threads."""
-        address = self.scheduler_address
         self.loop = asyncio.get_running_loop()
-        self.scheduler = await keep_connecting(address, "worker", self.timeout)
-        host = self.scheduler.writer.get_extra_info("sockname")[0]
-        self.server = await listen(self.serve, host, 0)
-        self.address = f"tcp://{host}:{self.server.sockets[0].getsockname()[1]}"
-        self.id = f"{self.address}#{uuid.uuid4().hex[:8]}"
+        self.scheduler = await reach_scheduler(self.scheduler_address, self.role, self.timeout)
+        await self.listen(self.scheduler.writer.get_extra_info("sockname")[0], 0)
+        self.id = f"{self.address}#{unique()[:8]}"
         self.name = str(self.name if self.name is not None else self.address)
-        self.peers = Peers("worker", self.answered)
         register = {"name": self.name, "nthreads": self.nthreads, "values": [], "attempts": []}
         self.scheduler.send({"op": "register-worker", "id": self.id, **register})
-        first, *rest = await self.scheduler.receive()
+        first, *batch = await self.scheduler.receive()
         if first["op"] == "refused":
             await self.close()
-            raise ValueError(f"{address}: {first['text']}")
+            raise ValueError(f"{self.scheduler_address}: {first['text']}")
         for number in range(self.nthreads):
             name = f"minidist-{self.name}-{number}"
             threading.Thread(target=self.run_thread, name=name, daemon=True).start()
-        self.finished = self.loop.create_task(self.listen_to_scheduler(rest))
+        self.finished = self.start(self.follow(SCHEDULER, self.scheduler, batch))
         return self
-
-    async def __aexit__(self, *_):
-        await self.close()
 
     async def close(self):
         """Leave at once.  Running tasks are not waited for; nothing is handed over."""
         self.server.close()
-        if hasattr(self, "finished"):
-            self.tasks.add(self.finished)
-        self.peers.close()
-        await close_all(self.tasks)
+        await self.stop()
         await self.scheduler.close()
-        for _ in range(self.nthreads):
-            self.tokens.put(None)
+        with self.lock:
+            self.closed = True
+            self.lock.notify_all()
 
     @property
     def data(self):
@@ -2374,40 +2053,21 @@ class Worker:
         with self.lock:
             return {name[0]: self.unpacked(name) for name in self.store}
 
-    async def listen_to_scheduler(self, batch):
-        """The scheduler's stream, until it ends."""
-        try:
-            while True:
-                for message in batch:
-                    op = message.pop("op")
-                    self.tell_mind(STIMULI[op], SCHEDULER, **message)
-                    if op == "worker-left":
-                        self.peers.left(message["worker"])
-                self.flush()
-                batch = await self.scheduler.receive()
-        except (OSError, EOFError):
-            logger.info("The scheduler at %s is gone", self.scheduler_address)
-        except Exception:
-            logger.exception("What the scheduler at %s sent cannot be", self.scheduler_address)
-
-    def tell_mind(self, stimulus, *args, **fields):
-        with self.lock:
-            getattr(self.state, stimulus)(*args, **fields)
+    def take(self, peer, op, fields):
+        """What the mind wants to hold is stored, and what it is told to free is not any more."""
+        super().take(peer, op, fields)
+        if op == "free-keys":
+            for name in fields["names"]:
+                del self.store[name]
+        elif op == "data":
+            name = (fields["key"], fields["attempt"])
+            if name in self.state.data and name not in self.store:
+                self.store[name] = Packed(fields["value"])
 
     def flush(self):
-        """Send what the mind has in its outbox; do what it asks of its own body."""
+        super().flush()
         with self.lock:
-            outbox, self.state.outbox = self.state.outbox, []
-        for peer, message in outbox:
-            if peer is SCHEDULER:
-                self.scheduler.send(message)
-            elif message["op"] == "ready":
-                self.tokens.put(True)
-            elif message["op"] == "drop":
-                for name in message["values"]:
-                    self.store.pop(name, None)
-            else:
-                self.peers.request(peer, message["values"])
+            self.lock.notify(len(self.state.ready))
 
     # Threads.
 
@@ -2416,11 +2076,13 @@ class Worker:
 
         What they made is handed back by way of a deque: one wake-up of the loop for many.
         """
-        while self.tokens.get():
+        while True:
             with self.lock:
+                while not self.closed and not self.state.ready:
+                    self.lock.wait()
+                if self.closed:
+                    return
                 attempt = self.state.stimulus_take()
-                if attempt is None:
-                    continue  # It was returned after its token was put.
                 inputs = {name: self.store[name] for name in attempt.inputs}
             self.done.append(self.run_task(attempt, inputs))
             del attempt, inputs
@@ -2443,14 +2105,14 @@ class Worker:
             duration_us = (time.perf_counter_ns() - start) // 1000
             nbytes, value = sizeof(result), ()
         except BaseException as error:
-            return "stimulus_failed", None, (attempt.number, pack_exception(error, skip=1))
+            return "stimulus_failed", (attempt.number, pack_exception(error, skip=1)), None
         if attempt.wanted and nbytes <= LIMITS["ride_along_bytes"]:
             with contextlib.suppress(Exception):  # It will fail whoever asks for it.
                 value = dumps(result)
                 if sum(map(len, value)) > LIMITS["ride_along_bytes"]:
                     value = ()
         told = (attempt.number, nbytes, type_name(result), duration_us, value)
-        return "stimulus_finished", ((attempt.key, attempt.number), result), told
+        return "stimulus_finished", told, ((attempt.key, attempt.number), result)
 
     def unpacked(self, name, inputs=None):
         """A value as an object.  ``inputs`` are a thread's own: the store may have freed them."""
@@ -2464,44 +2126,29 @@ class Worker:
     def collect(self):
         """Tell the mind what threads have handed back."""
         self.waking = False
-        while self.done:
-            stimulus, stored, told = self.done.popleft()
-            with self.lock:
+        with self.lock:
+            while self.done:
+                stimulus, told, stored = self.done.popleft()
                 if stored is not None:
                     self.store[stored[0]] = stored[1]
                 getattr(self.state, stimulus)(*told)
-            del stored, told
+                del told, stored
         self.flush()
 
     # Data connections.
 
-    def answered(self, holder, answers):
-        """A peer answered: store what came, then tell the mind, which says what to drop."""
-        with self.lock:
-            for key, attempt, status, frames in answers:
-                if status == "ok" and (key, attempt) not in self.store:
-                    self.store[key, attempt] = Packed(frames)
-            self.state.stimulus_data(holder, answers)
-        self.flush()
-
-    async def serve(self, reader, writer):
-        """One peer's or client's data connection: give it the values that it asks for."""
-        self.tasks.add(asyncio.current_task())
-        try:
-            connection = await accept(reader, writer, "holder", self.id)
-            while True:
-                for message in await connection.receive():
-                    for key, attempt in message["values"]:
-                        status, value = await self.give((key, attempt))
-                        answer = {"key": key, "attempt": attempt, "status": status}
-                        connection.send({"op": "data", **answer, "value": value})
-        except (PermissionError, ProtocolError) as error:
-            logger.warning("Refused %s: %s", writer.get_extra_info("peername"), error)
-        except (OSError, EOFError, TimeoutError, asyncio.CancelledError):
-            pass
-        finally:
-            self.tasks.discard(asyncio.current_task())
-            writer.close()
+    async def serve(self, connection):
+        """A peer's or client's data connection: give it the values that it asks for."""
+        while True:
+            for message in await connection.receive():
+                if message["op"] != "get-data":
+                    raise ProtocolError(f"{message['op']} on a data connection")
+                for name in message["names"]:
+                    status, value = await self.give(name)
+                    answer = dict(op="data", key=name[0], attempt=name[1], status=status)
+                    connection.send(answer | {"value": value})
+                    if connection.writing:  # Who asks sets the pace.
+                        await connection.writing
 
     async def give(self, name):
         """("ok", frames), ("missing", ()), or ("error", frames of the exception)."""
@@ -2511,9 +2158,7 @@ class Worker:
         if isinstance(value, Packed):
             return "ok", value.frames
         try:
-            if self.state.data.get(name, 0) > CHUNK:
-                return "ok", await asyncio.to_thread(dumps, value)
-            return "ok", dumps(value)
+            return "ok", await asyncio.to_thread(dumps, value)
         except Exception as error:
             text = f"the result of {name[0]!r}, a {type_name(value)}, cannot be pickled: {error}"
             return "error", pack_exception(TypeError(text))
@@ -2532,10 +2177,8 @@ class CancelledError(concurrent.futures.CancelledError):
 
 ALL_COMPLETED, FIRST_COMPLETED = "ALL_COMPLETED", "FIRST_COMPLETED"
 FIRST_EXCEPTION = "FIRST_EXCEPTION"
-DoneAndNotDoneFutures = collections.namedtuple("DoneAndNotDoneFutures", "done not_done")
-RESERVED = dict.fromkeys(
-    "resources retries workers allow_other_workers actor fifo_timeout batch_size".split()
-)
+DoneAndNotDoneFutures = namedtuple("DoneAndNotDoneFutures", "done not_done")
+RESERVED = "resources retries workers allow_other_workers actor fifo_timeout batch_size".split()
 
 
 class Future:
@@ -2551,20 +2194,19 @@ class Future:
         self._state = None  # the FutureState, as soon as the client's loop has read its inbox
         self._live = [None]  # popped once, by whoever releases it: list.pop is atomic
 
-    def _known(self):
-        """The FutureState; a thread that asks too early waits for the loop."""
-        if self._state is None:
-            self.client._catch_up()
-        return self._state
-
     @property
     def status(self):
         """ "pending", "finished", "error" or "cancelled"."""
-        return self._known().status
+        if self._state is None:
+            self.client._in_loop(self.client._catch_up())
+        return self._state.status
 
     def done(self):
         """Whether it is finished, erred or cancelled."""
         return self.status != "pending"
+
+    def _get(self, read, timeout, value=False):
+        return self.client._wait_for([self], lambda: read(self._state), timeout, value)
 
     def result(self, timeout=None):
         """Wait for the result; raise the task's own exception if it failed.
@@ -2572,23 +2214,21 @@ class Future:
         ``timeout`` is in seconds, or a string like "10 ms".  Raises TimeoutError, and
         CancelledError if there will be no result.
         """
-        return self.client._wait_for([self], timeout, lambda: outcome(self._state), value=True)
+        return self._get(outcome, timeout, value=True)
 
     def exception(self, timeout=None):
         """Wait; return the exception that the task raised, None if there was none."""
-        return self.client._wait_for([self], timeout, lambda: failure(self._state))
+        return self._get(failure, timeout)
 
     def traceback(self, timeout=None):
         """Wait; return the traceback of ``exception()``: its frames name the worker's code."""
-        return self.client._wait_for(
-            [self], timeout, lambda: getattr(failure(self._state), "__traceback__", None)
-        )
+        return self._get(lambda state: getattr(failure(state), "__traceback__", None), timeout)
 
     def release(self):
         """Let the result go, as if this object were deleted.  Twice is harmless."""
         with contextlib.suppress(IndexError):
             self._live.pop()
-            self.client._post(lambda: self.client._mind.stimulus_release(self._state))
+            self.client._post(lambda: self.client.state.stimulus_release(self._state))
 
     def __del__(self):
         # No lock, no I/O: the collector may call this anywhere.  After a fork the parent's
@@ -2596,7 +2236,7 @@ class Future:
         try:
             if self._state is not None and self.client._pid == os.getpid():
                 self._live.pop()
-                self.client._post(self.client._mind.stimulus_release, self._state)
+                self.client._post(self.client.state.stimulus_release, self._state)
         except Exception:
             pass  # Released before, or the interpreter is going down.
 
@@ -2615,6 +2255,15 @@ class Future:
         status = self._state.status if self._state else "pending"
         kind = f" type: {self._state.type}," if status == "finished" else ""
         return f"<Future: {status},{kind} key: {self.key}>"
+
+
+def settled(state, value=False):
+    """Whether nothing more will come for it (``value``: and its value is here)."""
+    return bool(state.value) if value and state.status == "finished" else state.status != "pending"
+
+
+def failed(state, *_):
+    return state.status in ("error", "cancelled") and not state.value
 
 
 def outcome(state):
@@ -2644,15 +2293,14 @@ def seconds(timeout):
     """A timeout in seconds: None, a number, or a string like "10 ms", "0.5s", "2 minutes"."""
     if timeout is None or (isinstance(timeout, (int, float)) and not isinstance(timeout, bool)):
         return timeout
-    match = re.fullmatch(r"\s*([\d.]+)\s*([a-z]*)\s*", str(timeout))
     units = {"us": 1e-6, "ms": 1e-3, "s": 1, "": 1, "second": 1, "m": 60, "minute": 60, "h": 3600}
-    unit = match and match[2] if match and match[2] in units else match and match[2].rstrip("s")
-    if not match or unit not in units:
+    match = re.fullmatch(r"\s*([\d.]+)\s*(us|ms|s|m|h|second|minute|)s?\s*", str(timeout))
+    if not match:
         raise ValueError(f"timeout={timeout!r} is no time: use seconds, or a string like '10 ms'")
-    return float(match[1]) * units[unit]
+    return float(match[1]) * units[match[2]]
 
 
-class Client:
+class Client(Body):
     """Submits calls to a cluster.
 
     ``address`` is the scheduler's ("HOST:PORT"), tried again for ``timeout`` seconds.  As a
@@ -2662,53 +2310,47 @@ class Client:
     Raises OSError if no scheduler is there, PermissionError if it refuses us.
     """
 
+    role = "client"
+
     def __init__(self, address=None, *, timeout=10, asynchronous=False, name=None):
         if address is None:
             raise TypeError("Client needs the scheduler's address, like Client('127.0.0.1:8786')")
+        super().__init__(ClientMind())
         split_address(address)
         self.asynchronous, self.name = asynchronous, name
         self._address, self._timeout = address, seconds(timeout)
-        self._mind = ClientMind()
         self._inbox = deque()  # (function, *arguments), to be called in the loop
         self._waking = False
         self._watchers = {}  # {FutureState: [called when it changes]}
-        self._ended = None  # the exception type and words that new calls get, once it is over
+        self._scheduler = None  # the Connection
+        # The exception type and words that new calls get, before it is connected and at its end.
+        self._refusal = (RuntimeError, "this client is not connected: await it first")
         self._pid = os.getpid()
-        self._started = False
         if not asynchronous:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
             self._thread.start()
             try:
-                asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+                asyncio.run_coroutine_threadsafe(self.__aenter__(), self._loop).result()
             except BaseException:
                 self._stop_loop()
                 raise
 
     # Life.
 
-    async def _start(self):
-        if self._started:
-            return self
-        self._loop = asyncio.get_running_loop()
-        self._loop_thread = threading.get_ident()
-        self._connection = await keep_connecting(self._address, "client", self._timeout)
-        self.id = f"{self.name or 'client'}-{uuid.uuid4().hex[:8]}"
-        self._peers = Peers("client", self._answered)
-        self._connection.send({"op": "register-client", "id": self.id, "wants": []})
-        await self._connection.receive()
-        self._listening = self._loop.create_task(self._listen())
-        self._started = True
+    async def __aenter__(self):
+        if self._scheduler is None:
+            self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
+            self._scheduler = await reach_scheduler(self._address, self.role, self._timeout)
+            self.id = f"{self.name or 'client'}-{unique()[:8]}"
+            self._scheduler.send({"op": "register-client", "id": self.id, "wants": []})
+            _, *batch = await self._scheduler.receive()
+            self._refusal, self.links[SCHEDULER] = None, self._scheduler
+            self.start(self._listen(batch))
         return self
 
     def __await__(self):
-        return self._start().__await__()
-
-    async def __aenter__(self):
-        return await self._start()
-
-    async def __aexit__(self, *_):
-        await self.close()
+        return self.__aenter__().__await__()
 
     def __enter__(self):
         return self
@@ -2721,48 +2363,44 @@ class Client:
         if self.asynchronous:
             return self._close()
         if self._loop.is_running():
-            self._refuse_own_thread()
-            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(seconds(timeout))
+            self._in_loop(self._close(), seconds(timeout))
             self._stop_loop()
 
     async def _close(self):
-        if self._ended and self._ended[0] is RuntimeError:
-            return
-        await self._read_inbox()
-        self._end(RuntimeError, "this client is closed")
-        if self._started:
-            self._peers.close()
-            await close_all([self._listening])
-            await self._connection.close()
+        if self._scheduler is not None:
+            await self._catch_up()
+            self._end(RuntimeError, "this client is closed")
+            await self.stop()
+            await self._scheduler.close()
 
     def _stop_loop(self):
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
-    def _end(self, kind, text):
-        self._ended = (kind, text)
-        self._mind.stimulus_scheduler_left(text)
-        self._flush()
-
-    async def _listen(self):
+    async def _listen(self, batch):
         """The scheduler's stream, until it ends."""
-        try:
-            while True:
-                for message in await self._connection.receive():
-                    op = message.pop("op")
-                    if op == "warning":
-                        logger.warning("%s", message["text"])
-                        continue
-                    getattr(self._mind, STIMULI[op])(SCHEDULER, **message)
-                    if op == "worker-left":
-                        self._peers.left(message["worker"])
-                self._flush()
-        except (OSError, EOFError):
-            pass
-        except Exception:
-            logger.exception("What the scheduler at %s sent cannot be", self._address)
+        await self.follow(SCHEDULER, self._scheduler, batch)
         self._end(ConnectionError, f"the scheduler at {self._address} is gone")
+
+    def _end(self, kind, text):
+        self._refusal = (kind, text)
+        self.state.stimulus_scheduler_left(text)
+        self.flush()
+
+    def take(self, peer, op, fields):
+        if op == "warning":
+            logger.warning("%s", fields["text"])
+        else:
+            super().take(peer, op, fields)
+
+    def flush(self):
+        """Send what the mind has in its outbox; wake who waits for what it has news of."""
+        super().flush()
+        news, self.state.news = self.state.news, []
+        for state in news:
+            for watcher in list(self._watchers.get(state, ())):
+                watcher(state)
 
     # The inbox.
 
@@ -2776,85 +2414,54 @@ class Client:
     def _drain(self):
         """Act on what was posted, a bounded number of entries in one turn of the loop."""
         self._waking = False
-        for _ in range(LIMITS["batch_messages"]):
-            if not self._inbox:
-                break
+        for _ in range(min(len(self._inbox), LIMITS["batch_messages"])):
             function, *arguments = self._inbox.popleft()
             function(*arguments)
-        else:
+        if self._inbox:
             self._waking = True
             self._loop.call_soon(self._drain)
-        self._flush()
+        self.flush()
 
-    async def _read_inbox(self):
+    async def _catch_up(self):
         """Go on when all that was posted before has been acted on."""
         while self._inbox:
             self._drain()
-            await asyncio.sleep(0)
-
-    def _catch_up(self):
-        if self.asynchronous:
-            while self._inbox:
-                self._drain()
-        elif not self._loop.is_closed():
-            self._run(self._read_inbox())
-
-    def _flush(self):
-        """Send what the mind has in its outbox; wake who waits for what it has news of."""
-        outbox, self._mind.outbox = self._mind.outbox, []
-        for peer, message in outbox:
-            if peer is not SCHEDULER:
-                self._peers.request(peer, message["values"])
-            elif not self._ended:
-                self._connection.send(message)
-        news, self._mind.news = self._mind.news, []
-        for state in news:
-            for watcher in list(self._watchers.get(state, ())):
-                watcher(state)
-
-    def _answered(self, holder, answers):
-        self._mind.stimulus_data(holder, answers)
-        self._flush()
 
     # Calls that wait.
 
-    def _run(self, coroutine, finish=lambda result: result):
-        """Run in the client's loop: here and now, or (asynchronous) when awaited."""
-        if self.asynchronous:
-
-            async def both():
-                return finish(await coroutine)
-
-            return both()
-        try:
-            self._refuse_own_thread()
-        except RuntimeError:
+    def _in_loop(self, coroutine, timeout=None):
+        """Run in the loop of a synchronous client, and wait for it here."""
+        if threading.get_ident() == self._loop_thread:
             coroutine.close()
-            raise
+            raise RuntimeError("a synchronous client's own loop cannot wait for it: deadlock")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            result = future.result()
+            return future.result(timeout)
         except BaseException:
             future.cancel()
             raise
-        return finish(result)
 
-    def _refuse_own_thread(self):
-        if threading.get_ident() == self._loop_thread:
-            raise RuntimeError("a synchronous client's own loop cannot wait for it: deadlock")
+    def _wait_for(self, futures, finish, timeout=None, value=False, enough=lambda state, left: 0):
+        """Wait until futures are settled (``value``: and are here), or until
+        ``enough(state, those that are left)``; then call ``finish()``.
 
-    def _wait_for(self, futures, timeout, finish, value=False):
-        """Wait until futures are settled (and their values here), then call ``finish``."""
+        It is called in the caller's thread, so that errors show little but the caller's frames.
+        """
         timeout = seconds(timeout)
-        if not self.asynchronous and all(
-            future._state is not None and settled(future._state, value) for future in futures
-        ):
-            return finish()
-        return self._run(self._settle(futures, timeout, value), lambda _: finish())
+        if self.asynchronous:
 
-    async def _settle(self, futures, timeout=None, value=False, enough=lambda state, left: False):
-        """Wait until all are settled, or until ``enough(state, how many are left)``."""
-        await self._read_inbox()
+            async def wait_then_finish():
+                await self._settle(futures, timeout, value, enough)
+                return finish()
+
+            return wait_then_finish()
+        # Without a trip to the loop if nothing is to be waited for.
+        if not all(future._state and settled(future._state, value) for future in futures):
+            self._in_loop(self._settle(futures, timeout, value, enough))
+        return finish()
+
+    async def _settle(self, futures, timeout, value, enough):
+        await self._catch_up()
         states = {future._state: None for future in futures}
         left = {state: None for state in states if not settled(state, value)}
         ready = self._loop.create_future()
@@ -2867,12 +2474,12 @@ class Client:
 
         if not left or any(enough(state, left) for state in states if state not in left):
             return
-        for state in left:
-            self._watchers.setdefault(state, []).append(changed)
         watched = list(left)
+        for state in watched:
+            self._watchers.setdefault(state, []).append(changed)
         if value:
-            self._mind.stimulus_ask(watched)
-            self._flush()
+            self.state.stimulus_ask(watched)
+            self.flush()
         try:
             async with asyncio.timeout(timeout):
                 await ready
@@ -2881,9 +2488,8 @@ class Client:
             raise TimeoutError(text) from None
         finally:
             for state in watched:
-                watchers = self._watchers[state]
-                watchers.remove(changed)
-                if not watchers:
+                self._watchers[state].remove(changed)
+                if not self._watchers[state]:
                     del self._watchers[state]
 
     # The calls of the API.
@@ -2897,8 +2503,7 @@ class Client:
         Raises TypeError for what cannot be pickled.
         """
         self._check(func, kwargs, priority)
-        if key is not None:
-            check_key(key)
+        key = check_key(key) if key is not None else None
         return self._submit(dump_function(func), args, kwargs, key, pure, priority)
 
     def map(self, func, *iterables, key=None, pure=True, priority=0, **kwargs):
@@ -2908,23 +2513,20 @@ class Client:
         ``kwargs`` go to every call.
         """
         self._check(func, kwargs, priority)
-        if not iterables:
-            raise ValueError("map needs at least one iterable")
-        for iterable in iterables:
-            if isinstance(iterable, Future):
-                raise TypeError("map goes over iterables; gather this Future first")
+        if not iterables or any(isinstance(iterable, Future) for iterable in iterables):
+            raise TypeError("map needs iterables to go over; gather a Future first")
         function = dump_function(func)
         calls = list(zip(*iterables, strict=False))
-        if isinstance(key, list):
-            if len(key) != len(calls):
-                raise ValueError(f"map got {len(key)} keys for {len(calls)} calls")
-            keys = [check_key(k) for k in key]
-        elif key is not None:
-            prefix = check_key(key)
-            join = (lambda i: f"{key}-{i}") if type(key) is str else (lambda i: (*prefix, i))
-            keys = [join(i) for i in range(len(calls))]
-        else:
+        if key is None:
             keys = [None] * len(calls)
+        elif isinstance(key, list):
+            keys = [check_key(k) for k in key]
+        elif type(check_key(key)) is str:
+            keys = [f"{key}-{i}" for i in range(len(calls))]
+        else:
+            keys = [(*key, i) for i in range(len(calls))]
+        if len(keys) != len(calls):
+            raise ValueError(f"map got {len(keys)} keys for {len(calls)} calls")
         return [
             self._submit(function, args, kwargs, key, pure, priority)
             for args, key in zip(calls, keys, strict=True)
@@ -2932,31 +2534,29 @@ class Client:
 
     def _check(self, func, kwargs, priority):
         """What both ``submit`` and ``map`` refuse."""
-        if self._ended:
-            raise self._ended[0](self._ended[1])
+        if self._refusal:
+            raise self._refusal[0](self._refusal[1])
         if self._pid != os.getpid():
             raise RuntimeError("this client belongs to the parent process: make one of your own")
         if not callable(func):
             raise TypeError(f"the first argument must be callable, {func!r:.80} is not")
         if type(priority) is not int:
             raise TypeError(f"priority={priority!r} is no whole number")
-        for option in kwargs:
-            if option in RESERVED:
+        for option in RESERVED:
+            if option in kwargs:
                 raise TypeError(f"the option {option}= is not built yet")
 
     def _submit(self, function, args, kwargs, key, pure, priority):
         run_spec, futures = dump_call(function, args, kwargs)
-        for future in futures:
-            if future.client is not self:
-                raise ValueError(f"{future!r} belongs to another client")
-            if not future._live:
-                raise ValueError(f"{future!r} was released")
+        self._check_own(futures)
+        if not all(future._live for future in futures):
+            raise ValueError("a future among the arguments was released")
         if sum(map(len, run_spec)) > LIMITS["argument_bytes"]:
             text = "a call of more than 10 MB travels through the scheduler"
             warnings.warn(f"{text}: scatter large arguments first", stacklevel=3)
         name = name_of(function[1])
         if key is None:
-            key = pure_key(name, run_spec) if pure else f"{name}-{uuid.uuid4().hex}"
+            key = pure_key(name, run_spec) if pure else f"{name}-{unique()}"
         future = Future(key, self)
         self._post(self._begin, future, name, run_spec, futures, priority)
         if self.asynchronous and threading.get_ident() == self._loop_thread:
@@ -2965,75 +2565,65 @@ class Client:
 
     def _begin(self, future, name, run_spec, futures, priority):
         inputs = [input._state for input in futures]
-        future._state = self._mind.stimulus_submit(future.key, name, run_spec, inputs, priority)
-        if self._ended:  # The scheduler was lost after the call.
-            self._mind.stimulus_scheduler_left(self._ended[1])
+        future._state = self.state.stimulus_submit(future.key, name, run_spec, inputs, priority)
+        if self._refusal:  # The scheduler was lost after the call.
+            self.state.stimulus_scheduler_left(self._refusal[1])
+
+    def _check_own(self, futures):
+        for future in futures:
+            if future.client is not self:
+                raise ValueError(f"{future!r} belongs to another client")
 
     def gather(self, futures, errors="raise"):
         """The results of futures in nested lists, tuples, sets and dicts, in the same shape.
 
         ``errors="raise"`` raises the first exception; ``errors="skip"`` leaves out failed ones.
         """
+        # dask: gathers by way of the scheduler unless direct=True; here always from the workers.
         if errors not in ("raise", "skip"):
             raise ValueError(f"errors={errors!r} is neither 'raise' nor 'skip'")
-        if isinstance(futures, collections.abc.Iterator):
+        if hasattr(futures, "__next__"):
             futures = list(futures)
-        # dask: gathers by way of the scheduler unless direct=True; here always from the workers.
         leaves = list(leaves_of(futures))
-        for future in leaves:
-            if future.client is not self:
-                raise ValueError(f"{future!r} belongs to another client")
-        if self._ended and not all(f._state and f._state.final for f in leaves):
-            raise self._ended[0](self._ended[1])
+        self._check_own(leaves)
+        if self._refusal and not all(f._state and f._state.final for f in leaves):
+            raise self._refusal[0](self._refusal[1])
 
-        def failed(state, left=None):
-            return state.status in ("error", "cancelled") and not state.value
+        def finish():
+            for future in leaves if errors == "raise" else ():
+                if failed(future._state):
+                    outcome(future._state)
+            return rebuild(futures)
 
-        def finish(_=None):
-            if errors == "raise":
-                for future in leaves:
-                    if failed(future._state):
-                        outcome(future._state)
-            return rebuild(futures, lambda f: outcome(f._state), lambda f: failed(f._state))
-
-        enough = failed if errors == "raise" else lambda state, left: False
-        return self._run(self._settle(leaves, None, True, enough), finish)
+        if errors == "raise":
+            return self._wait_for(leaves, finish, value=True, enough=failed)
+        return self._wait_for(leaves, finish, value=True)
 
     def __repr__(self):
-        return f"<Client: {self._ended[1] if self._ended else self._address}>"
-
-
-def settled(state, value):
-    """Whether nothing more will come for it (``value``: and its value is here)."""
-    if state.status == "finished" and value:
-        return bool(state.value)
-    return state.status != "pending"
+        return f"<Client: {self._refusal[1] if self._refusal else self._address}>"
 
 
 def leaves_of(obj):
     """The futures in nested containers."""
     if isinstance(obj, Future):
         yield obj
-    elif isinstance(obj, (list, tuple, set, frozenset)):
-        for item in obj:
-            yield from leaves_of(item)
-    elif isinstance(obj, dict):
-        for item in obj.values():
+    elif isinstance(obj, (list, tuple, set, frozenset, dict)):
+        for item in obj.values() if isinstance(obj, dict) else obj:
             yield from leaves_of(item)
 
 
-def rebuild(obj, value, failed):
-    """Nested containers with values in the place of futures, those that failed left out."""
+def rebuild(obj):
+    """Nested containers with values in the place of futures; those that failed are left out."""
 
     def keep(item):
-        return not (isinstance(item, Future) and failed(item))
+        return not (isinstance(item, Future) and failed(item._state))
 
     if isinstance(obj, Future):
-        return value(obj) if keep(obj) else None
+        return outcome(obj._state) if keep(obj) else None
     if isinstance(obj, dict):
-        return {k: rebuild(v, value, failed) for k, v in obj.items() if keep(v)}
+        return {key: rebuild(value) for key, value in obj.items() if keep(value)}
     if isinstance(obj, (list, tuple, set, frozenset)):
-        items = [rebuild(item, value, failed) for item in obj if keep(item)]
+        items = [rebuild(item) for item in obj if keep(item)]
         return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
     return obj
 
@@ -3048,26 +2638,25 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED):
     if timeout is not None and not isinstance(timeout, (int, float, str)):
         raise TypeError("wait takes one collection of futures: wait([x, y]), not wait(x, y)")
     # dask: FIRST_EXCEPTION is not implemented there.
-    if return_when not in (ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION):
+    enough = {
+        ALL_COMPLETED: lambda state, left: False,
+        FIRST_COMPLETED: lambda state, left: True,
+        FIRST_EXCEPTION: failed,
+    }
+    if return_when not in enough:
         raise ValueError(f"return_when={return_when!r} is unknown")
     futures = list(leaves_of(fs))
     if not futures:
         raise ValueError("wait needs at least one future")
-    client = futures[0].client
 
-    def enough(state, left):
-        if return_when == FIRST_EXCEPTION:
-            return state.status in ("error", "cancelled")
-        return return_when == FIRST_COMPLETED
-
-    def finish(_):
-        done = {future for future in futures if settled(future._state, False)}
+    def finish():
+        done = {future for future in futures if settled(future._state)}
         for future in done:
             if future._state.status == "cancelled":
                 failure(future._state)
         return DoneAndNotDoneFutures(done, set(futures) - done)
 
-    return client._run(client._settle(futures, seconds(timeout), False, enough), finish)
+    return futures[0].client._wait_for(futures, finish, timeout, enough=enough[return_when])
 
 
 # ---- 12. Command line ----
@@ -3078,86 +2667,75 @@ DEFAULT_PORT = 8786
 def parse(argv):
     parser = argparse.ArgumentParser(prog="minidist", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    command = commands.add_parser("scheduler", help="start a scheduler", formatter_class=formatter)
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all")
-    text = f"port to listen on; 0: any that is free; by default {DEFAULT_PORT} or the next"
-    command.add_argument("--port", type=int, default=argparse.SUPPRESS, help=text)
-    command = commands.add_parser("worker", help="start a worker", formatter_class=formatter)
-    command.add_argument("address", metavar="IP:PORT", help="the scheduler's address")
+    scheduler = commands.add_parser("scheduler", help="start a scheduler")
+    scheduler.set_defaults(run=run_scheduler)
+    text = "address to listen on (127.0.0.1); 0.0.0.0: all that this machine has"
+    scheduler.add_argument("--host", default="127.0.0.1", help=text)
+    text = f"port to listen on ({DEFAULT_PORT}, or the next that is free); 0: any that is free"
+    scheduler.add_argument("--port", type=int, help=text)
+    worker = commands.add_parser("worker", help="start a worker")
+    worker.set_defaults(run=run_worker)
+    worker.add_argument("address", metavar="IP:PORT", help="the scheduler's address")
     cores = os.cpu_count() or 1
-    command.add_argument("--nthreads", type=int, default=cores, help="tasks run at a time")
-    text = "the worker's name in the cluster; its address if not given"
-    command.add_argument("--name", default=argparse.SUPPRESS, help=text)
-    return parser, parser.parse_args(argv)
+    text = f"tasks run at a time ({cores}: one for each core)"
+    worker.add_argument("--nthreads", type=int, default=cores, help=text)
+    worker.add_argument("--name", help="the worker's name in the cluster (its address)")
+    options = parser.parse_args(argv)
+    if options.command == "worker" and options.nthreads < 1:
+        parser.error("--nthreads must be at least 1")
+    return options
 
 
 def main(argv=None):
     """The command line: ``minidist scheduler`` and ``minidist worker IP:PORT``."""
-    parser, options = parse(argv)
+    options = parse(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # Modules beside the user are importable.
     # Few of our objects are in cycles, and there are many of them: looking for cycles less often
     # saves a quarter of a busy scheduler's time.
     gc.set_threshold(100_000, 50, 50)
-    if options.command == "worker" and options.nthreads < 1:
-        parser.error("--nthreads must be at least 1")
-    run = run_scheduler if options.command == "scheduler" else run_worker
     try:
-        return asyncio.run(run(options))
+        asyncio.run(until_stopped(options.run(options)))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        pass  # SIGINT and SIGTERM: leave at once, and in order.
     except (OSError, ValueError) as error:
         print(f"minidist {options.command}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 0
+    return 0
 
 
-def stopped():
-    """An event that SIGINT and SIGTERM set."""
-    event, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, event.set)
-    return event
+async def until_stopped(coroutine):
+    """Run a coroutine; SIGTERM cancels it, as asyncio lets SIGINT do."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
+    await coroutine
 
 
 async def run_scheduler(options):
-    stop = stopped()
-    asked = getattr(options, "port", None)
-    ports = [asked] if asked is not None else range(DEFAULT_PORT, DEFAULT_PORT + 100)
+    ports = [options.port]
+    if options.port is None:
+        ports = range(DEFAULT_PORT, DEFAULT_PORT + 100)
     for port in ports:
         try:
             scheduler = await Scheduler(options.host, port).__aenter__()
             break
-        except OSError as error:
+        except OSError:
             if port == ports[-1]:
-                raise OSError(f"cannot listen on {options.host}:{port}: {error}") from error
-    if asked is None and port != DEFAULT_PORT:
-        logger.warning("Port %s is in use; listening on %s", DEFAULT_PORT, port)
+                raise
+            logger.warning("Port %s is in use; trying the next", port)
     print(f"Scheduler at {scheduler.address}", flush=True)
-    await stop.wait()
-    await scheduler.close()
-    return 0
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await scheduler.close()
 
 
 async def run_worker(options):
-    stop = asyncio.ensure_future(stopped().wait())
-    name = getattr(options, "name", None)
-    worker = Worker(options.address, options.nthreads, name, timeout=None)
-    starting = asyncio.ensure_future(worker.__aenter__())
-    await asyncio.wait([stop, starting], return_when=asyncio.FIRST_COMPLETED)
-    if not starting.done():
-        starting.cancel()
-        return 0
-    starting.result()
-    print(f"Worker {worker.name} at {worker.address}", flush=True)
-    await asyncio.wait([stop, worker.finished], return_when=asyncio.FIRST_COMPLETED)
-    left = stop.done()
-    await worker.close()
-    if not left:
-        print(f"minidist worker: the scheduler at {options.address} is gone", file=sys.stderr)
-        stop.cancel()
-    return 0 if left else 1
+    async with Worker(options.address, options.nthreads, options.name, timeout=None) as worker:
+        print(f"Worker {worker.name} at {worker.address}", flush=True)
+        await worker.finished
+    raise ConnectionError(f"the scheduler at {options.address} is gone")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,6 @@ from hypothesis.stateful import (
 import minidist
 from minidist import (
     ALLOWED_FAILURES,
-    HERE,
     MESSAGES,
     SCHEDULER,
     Client,
@@ -133,9 +132,9 @@ def test_a_message_arrives_as_it_was_sent():
         {"op": "fetch-missed", "key": "x", "want": 1, "attempt": True, "holders": []},
         {"op": "fetch-missed", "key": "x", "want": 1, "attempt": 1, "holders": [7]},
         {"op": "fetch-missed", "key": ["x", 1], "attempt": 1, "want": 1, "holders": []},
-        {"op": "release-keys", "wants": [["x"]]},
-        {"op": "release-keys", "wants": [["x", "1"]]},
-        {"op": "release-keys", "wants": [[7, 1]]},
+        {"op": "release-keys", "names": [["x"]]},
+        {"op": "release-keys", "names": [["x", "1"]]},
+        {"op": "release-keys", "names": [[7, 1]]},
     ],
 )
 def test_what_no_client_sends_is_refused(message):
@@ -217,7 +216,7 @@ def test_two_futures_of_one_key_are_one_want_and_the_last_one_lets_go():
     client.stimulus_release(x)
     assert sent(client) == []
     client.stimulus_release(x)
-    assert sent(client) == [(SCHEDULER, "release-keys", {"wants": [("x", 1)]})]
+    assert sent(client) == [(SCHEDULER, "release-keys", {"names": [("x", 1)]})]
     assert client.futures == {}
 
 
@@ -227,7 +226,7 @@ def test_releases_in_a_row_travel_in_one_message():
     sent(client)
     client.stimulus_release(x)
     client.stimulus_release(y)
-    assert sent(client) == [(SCHEDULER, "release-keys", {"wants": [("x", 1), ("y", 2)]})]
+    assert sent(client) == [(SCHEDULER, "release-keys", {"names": [("x", 1), ("y", 2)]})]
 
 
 def test_news_of_an_older_want_is_ignored():
@@ -249,16 +248,16 @@ def test_a_value_is_fetched_only_when_somebody_asks_for_it():
     client, x = client_with_x(value=())
     assert (x.status, sent(client)) == ("finished", [])
     client.stimulus_ask([x])
-    assert sent(client) == [("w", "get-data", {"values": [("x", 5)]})]
-    client.stimulus_data("w", [("x", 5, "ok", (b"42",))])
+    assert sent(client) == [("w", "get-data", {"names": [("x", 5)]})]
+    client.stimulus_data("w", "x", 5, "ok", (b"42",))
     assert (x.value, sent(client)) == ((b"42",), [])
 
 
 def test_a_client_tries_each_holder_and_then_reports_those_that_missed():
     client, x = client_with_x(holders=["w", "v"])
     client.stimulus_ask([x])
-    client.stimulus_data("w", [])
-    client.stimulus_data("v", [("x", 5, "missing", ())])
+    client.stimulus_link_lost("w")
+    client.stimulus_data("v", "x", 5, "missing", ())
     assert [(peer, op) for peer, op, _ in sent(client)[:-1]] == [
         ("w", "get-data"),
         ("v", "get-data"),
@@ -277,7 +276,7 @@ def test_a_value_that_is_here_is_final():
 def test_an_error_that_was_fetched_is_final_too():
     client, x = client_with_x(value=())
     client.stimulus_ask([x])
-    client.stimulus_data("w", [("x", 5, "error", (b"cannot pickle",))])
+    client.stimulus_data("w", "x", 5, "error", (b"cannot pickle",))
     client.stimulus_key_lost(SCHEDULER, "x", 1)
     assert (x.status, x.exception) == ("error", (b"cannot pickle",))
 
@@ -356,7 +355,7 @@ class Scheduler(SchedulerMind):
 def test_a_task_without_inputs_is_sent_at_once():
     s = Scheduler("w")
     s.submit("x")
-    fields = dict(key="x", attempt=1, name="x", run_spec=(b"x",), inputs=[], priority=(0, 1))
+    fields = dict(key="x", attempt=1, name="x", run_spec=(b"x",), places=[], order=(0, 1))
     assert sent(s) == [("w", "compute-task", fields | {"wanted": True})]
     assert s.states() == {"x": "processing"}
 
@@ -457,7 +456,7 @@ def test_a_released_result_is_freed_on_every_worker():
     s.stimulus_add_keys(other, [("x", attempt)])
     sent(s)
     s.release("x")
-    told = [(peer, op, fields["values"]) for peer, op, fields in sent(s)]
+    told = [(peer, op, fields["names"]) for peer, op, fields in sent(s)]
     assert sorted(told) == [(peer, "free-keys", [("x", 1)]) for peer in "vw"]
     assert s.states() == {}
 
@@ -471,7 +470,7 @@ def test_a_released_input_is_kept_until_its_last_dependent_has_its_value():
     assert s.states() == {"x": "memory", "y": "processing"}
     s.finish("y")
     assert s.states() == {"x": "released", "y": "memory"}
-    assert sent(s)[-1] == ("w", "free-keys", {"values": [("x", 1)]})
+    assert sent(s)[-1] == ("w", "free-keys", {"names": [("x", 1)]})
 
 
 def test_a_lost_result_is_computed_again_with_the_inputs_that_were_freed():
@@ -534,9 +533,9 @@ def test_an_abandoned_attempt_runs_to_its_end_and_its_value_is_freed():
     assert s.states() == {"x": "queued"}  # The abandoned attempt occupies the thread.
     sent(s)
     s.stimulus_task_finished("w", 1, 8, "int", 10, (b"old",))
-    assert [(op, fields.get("values", fields.get("attempt"))) for _, op, fields in sent(s)] == [
-        ("compute-task", 2),
+    assert [(op, fields.get("names", fields.get("attempt"))) for _, op, fields in sent(s)] == [
         ("free-keys", [("x", 1)]),
+        ("compute-task", 2),
     ]
     assert s.states() == {"x": "processing"}
 
@@ -587,9 +586,9 @@ def test_a_client_that_missed_is_told_of_the_other_holders():
     s.stimulus_add_keys(other, [("x", attempt)])
     sent(s)
     s.stimulus_fetch_missed("c", "x", 1, attempt, [holder])
-    (told, freed) = sent(s)
+    (freed, told) = sent(s)
     assert (told[1], told[2]["holders"]) == ("key-in-memory", [other])
-    assert freed == (holder, "free-keys", {"values": [("x", attempt)]})
+    assert freed == (holder, "free-keys", {"names": [("x", attempt)]})
 
 
 def test_a_client_that_missed_every_holder_makes_the_task_run_again_but_not_for_ever():
@@ -602,7 +601,7 @@ def test_a_client_that_missed_every_holder_makes_the_task_run_again_but_not_for_
     _, attempt = s.finish("x")
     s.stimulus_fetch_missed("c", "x", 1, attempt, ["w"])
     assert s.states() == {"x": "erred"}
-    assert "could not be fetched from w" in sent(s)[-2][2]["text"]
+    assert "could not be fetched from w" in sent(s)[-1][2]["text"]
 
 
 def test_a_task_that_is_returned_with_misses_too_often_errs():
@@ -671,7 +670,7 @@ def test_a_task_that_is_let_go_makes_way_for_a_shorter_one_behind_it():
 def test_news_of_a_replica_that_nobody_needs_is_answered_by_free_keys():
     s = Scheduler("w")
     s.stimulus_add_keys("w", [("x", 7)])
-    assert sent(s) == [("w", "free-keys", {"values": [("x", 7)]})]
+    assert sent(s) == [("w", "free-keys", {"names": [("x", 7)]})]
 
 
 def test_a_long_chain_is_no_deep_recursion():
@@ -707,7 +706,7 @@ class WorkerByHand(WorkerMind):
 
     def compute(self, number, *inputs, key="y", holders=("v",), priority=0):
         """``inputs`` are keys whose values bear the attempt 1 and are held by ``holders``."""
-        inputs = [(i, 1, 100, list(holders)) for i in inputs]
+        inputs = [(i, 1, list(holders)) for i in inputs]
         self.stimulus_compute_task(SCHEDULER, key, number, "f", (), inputs, [priority], True)
         return self
 
@@ -718,13 +717,13 @@ class WorkerByHand(WorkerMind):
 
 def test_an_attempt_without_inputs_is_ready_at_once_and_ends_with_its_value():
     w = WorkerByHand().compute(7)
-    assert (w.states(), sent(w)) == ({7: "ready"}, [(HERE, "ready", {})])
+    assert (w.states(), sent(w)) == ({7: "ready"}, [])
     assert w.stimulus_take().number == 7
     assert (w.states(), w.stimulus_take()) == ({7: "executing"}, None)
     w.stimulus_finished(7, 8, "int", 10, (b"1",))
     fields = dict(attempt=7, nbytes=8, type="int", duration_us=10, value=(b"1",))
     assert sent(w) == [(SCHEDULER, "task-finished", fields)]
-    assert (w.states(), w.data) == ({}, {("y", 7): 8})
+    assert (w.states(), list(w.data)) == ({}, [("y", 7)])
 
 
 def test_threads_take_attempts_in_the_order_of_their_priorities():
@@ -741,41 +740,38 @@ def test_an_exception_ends_an_attempt():
 
 def test_inputs_are_fetched_from_each_holder_in_one_request():
     w = WorkerByHand().compute(7, "x", "z")
-    assert sent(w) == [("v", "get-data", {"values": [("x", 1), ("z", 1)]})]
-    w.stimulus_data("v", [("x", 1, "ok", (b"1",)), ("z", 1, "ok", (b"2",))])
-    assert sent(w) == [
-        (SCHEDULER, "add-keys", {"values": [("x", 1), ("z", 1)]}),
-        (HERE, "ready", {}),
-    ]
+    assert sent(w) == [("v", "get-data", {"names": [("x", 1), ("z", 1)]})]
+    w.stimulus_data("v", "x", 1, "ok", (b"1",))
+    assert w.states() == {7: "waiting"}
+    w.stimulus_data("v", "z", 1, "ok", (b"2",))
+    assert w.states() == {7: "ready"}
+    assert sent(w) == [(SCHEDULER, "add-keys", {"names": [("x", 1), ("z", 1)]})]
 
 
 def test_an_input_that_nobody_gives_sends_the_attempt_back():
     w = WorkerByHand().compute(7, "x", holders=["u", "v"])
-    w.stimulus_data("u", [])
+    w.stimulus_data("u", "x", 1, "missing", ())
     sent(w)
-    w.stimulus_data("v", [])
+    w.stimulus_link_lost("v")
     misses = [("x", 1, ["u", "v"])]
-    assert sent(w) == [(SCHEDULER, "task-returned", {"attempt": 7, "misses": tuple(misses)})]
+    assert sent(w) == [(SCHEDULER, "task-returned", {"attempt": 7, "misses": misses})]
     assert (w.states(), w.needed_by) == ({}, {})
 
 
 def test_an_input_that_its_holder_cannot_pickle_fails_the_attempt():
     w = WorkerByHand().compute(7, "x")
-    w.stimulus_data("v", [("x", 1, "error", (b"cannot pickle",))])
+    w.stimulus_data("v", "x", 1, "error", (b"cannot pickle",))
     assert sent(w)[-1][:2] == (SCHEDULER, "task-erred")
 
 
 def test_a_freed_input_sends_back_what_has_not_started():
     w = WorkerByHand().compute(7, "x").compute(8, "x", key="z", priority=1)
-    w.stimulus_data("v", [("x", 1, "ok", (b"1",))])
+    w.stimulus_data("v", "x", 1, "ok", (b"1",))
     w.stimulus_take()
     sent(w)
     w.stimulus_free_keys(SCHEDULER, [("x", 1)])
     assert w.states() == {7: "executing"}
-    assert sent(w) == [
-        (HERE, "drop", {"values": [("x", 1)]}),
-        (SCHEDULER, "task-returned", {"attempt": 8, "misses": ()}),
-    ]
+    assert sent(w) == [(SCHEDULER, "task-returned", {"attempt": 8, "misses": []})]
 
 
 def test_several_attempts_may_bear_one_key():
@@ -791,7 +787,7 @@ def test_a_dead_holder_is_not_waited_for():
     w = WorkerByHand().compute(7, "x", holders=["u", "v"])
     sent(w)
     w.stimulus_worker_left(SCHEDULER, "u")
-    assert sent(w) == [("v", "get-data", {"values": [("x", 1)]})]
+    assert sent(w) == [("v", "get-data", {"names": [("x", 1)]})]
     w.stimulus_worker_left(SCHEDULER, "v")
     assert w.states() == {}
 
@@ -966,7 +962,7 @@ class Cluster:
             del self.channels[channel]
         self.channels[id, SCHEDULER, "stream"] = deque([*stream, None])
         for peer, other in self.minds.items():
-            if peer != SCHEDULER and id in other.fetches.asked:
+            if peer != SCHEDULER and id in other.asked:
                 self.channels[id, peer, "answer"] = deque([None])
 
     def a_data_link_fails(self, pick=0):
@@ -974,7 +970,7 @@ class Cluster:
             (peer, holder)
             for peer, mind in self.minds.items()
             if peer != SCHEDULER
-            for holder in mind.fetches.asked
+            for holder in mind.asked
             if holder in self.minds
         ]
         for peer, holder in pick_from(links, pick):
@@ -993,12 +989,7 @@ class Cluster:
         """Do what a body does after each stimulus: send, obey, wake who waits."""
         mind = self.minds[id]
         for peer, message in mind.outbox:
-            if peer == HERE and message["op"] == "drop":
-                for name in message["values"]:
-                    del self.stores[id][name]
-            elif peer == HERE:
-                assert message == {"op": "ready"}
-            elif message["op"] == "get-data":
+            if message["op"] == "get-data":
                 if peer in self.minds and (id, peer) not in self.broken:
                     self.post(id, peer, message, "request")
                 else:
@@ -1023,16 +1014,18 @@ class Cluster:
             {"c": "client", "w": "worker", "s": "scheduler"}[sender[0]],
         )
         if kind == "request":
-            names = travel(message, role)["values"]
-            self.post(receiver, sender, [self.answer(receiver, name) for name in names], "answer")
+            for name in travel(message, role)["names"]:
+                self.post(receiver, sender, self.answer(receiver, name), "answer")
+            return
+        elif kind == "answer" and message is None:
+            mind.stimulus_link_lost(sender)
         elif kind == "answer":
-            answers = [travel(answer, "holder") for answer in message or ()]
-            answers = [tuple(answer.values())[1:] for answer in answers]
-            if receiver[0] == "w":
-                given = [(k, a, frames) for k, a, status, frames in answers if status == "ok"]
-                self.stores[receiver] |= {(k, a): int(frames[0]) for k, a, frames in given}
-                self.seen["transfers"] += len(given)
-            mind.stimulus_data(sender, answers)
+            message = travel(message, "holder")
+            name = message["key"], message["attempt"]
+            mind.stimulus_data(sender, *list(message.values())[1:])
+            if receiver[0] == "w" and message["status"] == "ok" and name in mind.data:
+                self.stores[receiver][name] = int(message["value"][0])
+                self.seen["transfers"] += 1
         elif message is None:
             getattr(mind, f"stimulus_{role}_left")(sender)
         else:
@@ -1044,6 +1037,9 @@ class Cluster:
                 self.seen["abandoned"] += ts.attempt != message["attempt"]
             stimulus = getattr(mind, "stimulus_" + message.pop("op").replace("-", "_"))
             stimulus(message.pop("id", sender), **message)
+            if stimulus.__name__ == "stimulus_free_keys":
+                for name in message["names"]:
+                    del self.stores[receiver][name]
         self.flush(receiver)
 
     def answer(self, holder, name):
@@ -1157,13 +1153,12 @@ def nothing_is_left_behind(cluster):
             assert set(mind.workers) == set(cluster.ids("w"))
             assert set(mind.clients) == set(cluster.ids("c"))
         else:
-            fetches = mind.fetches
-            assert not fetches.wanted and not fetches.waiting and not fetches.asked
+            assert not mind.wanted and not mind.asked
         if id[0] == "w":
             assert not mind.data and not mind.attempts and not mind.needed_by and not mind.ready
             assert not cluster.stores[id] and not cluster.running[id]
         if id[0] == "c":
-            assert not mind.futures and not mind.fetching
+            assert not mind.futures
 
 
 FAULTS = ["a_worker_dies", "a_worker_joins", "a_data_link_fails", "a_client_vanishes"]
@@ -1282,12 +1277,17 @@ def add_replica_on_one_side(self, ts, ws):
     ts.who_has = {**(ts.who_has or {}), ws: None}
 
 
-def free_nothing(self, ws, name):
-    pass
+def free_nothing(self, peer, op, name):
+    if op != "free-keys":
+        self.send(peer, op, [name])
 
 
 def compare_no_wants(self, key, want):
-    return self.futures.get(key)
+    state = self.futures.get(key)
+    if state is None or state.final:
+        return None
+    self.wanted.pop((key, state.attempt), None)
+    return state
 
 
 def adopt_abandoned_attempts(self, ws, attempt):
@@ -1308,11 +1308,11 @@ def wake_no_dependents(self, ts):
     ts.value = ()
 
 
-def keep_lost_attempts(self, ts):
+def keep_the_worker(self, ts):
     pass
 
 
-def hide_misses(self, exhausted):
+def hide_misses(self, name, misses):
     pass
 
 
@@ -1327,13 +1327,13 @@ def answer_no_misses(self, client, key, want, attempt, holders):
 
 PLANTED = [
     (SchedulerMind, "add_replica", add_replica_on_one_side),
-    (SchedulerMind, "free", free_nothing),
+    (SchedulerMind, "send_name", free_nothing),
     (SchedulerMind, "end_attempt", adopt_abandoned_attempts),
-    (SchedulerMind, "transition_processing_memory", wake_no_dependents),
-    (SchedulerMind, "end_processing", keep_lost_attempts),
+    (SchedulerMind, "enter_memory", wake_no_dependents),
+    (SchedulerMind, "leave_processing", keep_the_worker),
     (SchedulerMind, "stimulus_fetch_missed", answer_no_misses),
-    (WorkerMind, "give_up", hide_misses),
-    (WorkerMind, "forget_inputs", keep_fetching),
+    (WorkerMind, "missed", hide_misses),
+    (WorkerMind, "enter_executing", keep_fetching),
     (ClientMind, "current", compare_no_wants),
 ]
 
@@ -1359,19 +1359,19 @@ keys = st.text() | st.recursive(
     max_leaves=5,
 )
 few = functools.partial(st.lists, max_size=3)
-names = few(st.tuples(keys, st.integers()))
-kinds = {  # {kind of a field in MESSAGES: its values}
-    "int": st.integers(),
-    "str": st.text(),
-    "bool": st.booleans(),
-    "key": keys,
-    "frames": few(st.binary(max_size=200)).map(tuple),
-    "names": names,
-    "ints": few(st.integers()),
-    "strs": few(st.text()),
-    "inputs": few(st.tuples(keys, st.integers(), st.integers(), few(st.text()))),
-    "misses": few(st.tuples(keys, st.integers(), few(st.text()))),
-}
+
+
+def of_kind(kind):
+    """The values of a kind of field."""
+    if isinstance(kind, list):
+        return few(of_kind(kind[0]))
+    if isinstance(kind, tuple):
+        return st.tuples(*map(of_kind, kind))
+    if kind is minidist.to_frames:
+        return few(st.binary(max_size=200)).map(tuple)
+    return keys if kind is minidist.to_key else st.from_type(kind)
+
+
 senders = ["client", "worker", "scheduler", "holder"]
 
 
@@ -1380,12 +1380,11 @@ def some_batches(draw):
     """(who sends them, batches of any messages that it may send)."""
     sender = draw(st.sampled_from(senders))
     messages = []
-    for op, line in MESSAGES.items():
-        route, _, fields = line.partition(",")
-        if sender in route.partition(" > ")[0].split("|"):
-            columns, of_kind = zip(("op", ""), *(f.split(":") for f in fields.split()), strict=True)
-            values = st.tuples(st.just(op), *(kinds[kind] for kind in of_kind[1:]))
-            messages.append(values.map(lambda values, names=columns: dict(zip(names, values))))
+    for op, (some, names) in minidist.OPS.items():
+        if sender in some:
+            values = [of_kind(minidist.FIELDS[name]) for name in names[1:]]
+            made = st.tuples(st.just(op), *values)
+            messages.append(made.map(lambda values, names=names: dict(zip(names, values))))
     return sender, draw(few(few(st.one_of(messages))))
 
 

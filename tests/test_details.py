@@ -293,17 +293,27 @@ def test_who_is_silent_in_the_handshake_is_dropped(monkeypatch):
     asyncio.run(main())
 
 
-def test_who_runs_another_python_is_refused_with_both_versions():
-    theirs = minidist.HELLO.pack(minidist.MAGIC, minidist.PROTOCOL, 3, 5, 0, bytes(32))
-    with pytest.raises(PermissionError, match=rf"3\.5.*3\.{sys.version_info[1]}"):
-        minidist.check_hello(theirs)
+def test_who_runs_another_python_is_refused_with_both_versions(monkeypatch):
+    theirs = (minidist.MAGIC, minidist.PROTOCOL, 3, 5, 0, bytes(32), bytes(32))
+
+    async def main():
+        async def say_hello(reader, writer):
+            writer.write(minidist.HELLO.pack(*theirs))
+
+        server = await asyncio.start_server(say_hello, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(PermissionError, match=rf"3\.5.*3\.{sys.version_info[1]}"):
+            await minidist.Connection().connect(f"127.0.0.1:{port}", "client")
+        server.close()
+
+    asyncio.run(main())
 
 
 def test_a_data_connection_reaches_only_the_worker_process_that_it_means():
     async def main():
         async with minidist.Scheduler() as s, Worker(s.address, nthreads=1) as a:
             with pytest.raises(ConnectionError):
-                await minidist.connect(a.address, "client", f"{a.address}#another")
+                await minidist.Connection().connect(a.address, "client", f"{a.address}#another")
 
     asyncio.run(main())
 
@@ -490,15 +500,18 @@ def test_a_connection_writes_what_waits_before_it_closes():
         got = asyncio.get_running_loop().create_future()
 
         async def serve(reader, writer):
-            connection = await minidist.accept(reader, writer, "holder")
+            connection = minidist.Connection()
+            await connection.open(reader, writer, "holder", accepting=True)
             got.set_result([*await connection.receive(), *await connection.receive()])
             writer.close()
 
-        server = await minidist.listen(serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        connection = await minidist.connect(f"127.0.0.1:{port}", "worker")
+        connection = minidist.Connection()
+        await connection.connect(f"127.0.0.1:{port}", "worker")
         connection.send({"op": "task-erred", "attempt": 1, "exception": frames})
-        while connection.flushing:  # The slow write ends, and what comes next is a new flush.
+        await asyncio.sleep(0)
+        while connection.writing:  # The slow write ends, and what comes next is a new flush.
             await asyncio.sleep(0)
         connection.send({"op": "task-erred", "attempt": 2, "exception": ()})
         await connection.close()
