@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 help:  ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
-demo: $(VENV)/installed  ## count the identifiers of the standard library, while a worker is killed
+demo: $(VENV)/installed  ## every call in ten lessons; then a real program, while a worker is killed
+	$(BIN)/python examples/ten_lessons.py
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed  ## run the tests (PYTHON=python3.12: with that Python)

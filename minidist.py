@@ -37,13 +37,16 @@ The life of one ``submit()``.  Each method opens its docstring with its number i
 
 import argparse
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import functools
 import gc
 import hashlib
 import heapq
 import hmac
+import inspect
 import json
 import logging
 import math
@@ -93,29 +96,45 @@ SCHEDULER = "scheduler"  # the peer, seen from clients and workers
 MESSAGES = {  # {op: "sender > receiver: fields"}; the fields' kinds are in FIELDS below
     # A client and the scheduler: one ordered stream.
     "register-client": "client > scheduler: id wants",
-    "submit": "client > scheduler: key want name run_spec inputs priority",
+    "submit": "client > scheduler: key want name run_spec inputs priority workers loose retries",
+    "scatter": "client > scheduler: key want nbytes type workers broadcast",
+    "put": "scheduler > client: key want attempt worker",
+    "put-failed": "client > scheduler: key attempt",
     "release-keys": "client > scheduler: names",
+    "cancel-keys": "client > scheduler: names force",
+    "retry": "client > scheduler: key want",
+    "fire-and-forget": "client > scheduler: names",
     "fetch-missed": "client > scheduler: key want attempt holders",
     "key-in-memory": "scheduler > client: key want attempt nbytes type holders value",
     "key-lost": "scheduler > client: key want",
-    "key-erred": "scheduler > client: key want exception text",
+    "key-erred": "scheduler > client: key want exception type text",
     "key-cancelled": "scheduler > client: key want text",
     "warning": "scheduler > client: text",
+    "query": "client > scheduler: number what keys",
+    "answer": "scheduler > client: number facts",
+    "shutdown": "client > scheduler:",
     # A worker and the scheduler: one ordered stream.
     "register-worker": "worker > scheduler: id name nthreads values attempts",
     "compute-task": "scheduler > worker: key attempt name run_spec places order wanted",
     "task-finished": "worker > scheduler: attempt nbytes type duration_us value",
     "task-erred": "worker > scheduler: attempt exception",
     "task-returned": "worker > scheduler: attempt misses",
+    "give-back": "scheduler > worker: attempts",
     "add-keys": "worker > scheduler: names",
     "free-keys": "scheduler > worker: names",
+    "heartbeat": "worker > scheduler:",
+    "leave": "worker > scheduler:",
+    "goodbye": "scheduler > worker:",
     # The scheduler to either.
-    "registered": "scheduler > client|worker:",
+    "registered": "scheduler > client|worker: ttl_us",
     "refused": "scheduler > client|worker: text",
     "worker-left": "scheduler > client|worker: worker",
     # A data connection, to any worker.
     "get-data": "client|worker > holder: names",
     "data": "holder > client|worker: key attempt status value",
+    "put-data": "client > holder: key attempt value",
+    "run": "client > holder: number run_spec",
+    "ran": "holder > client: number status value",
 }
 
 
@@ -137,16 +156,22 @@ def to_frames(value, frames):
     return tuple([frames[convert(int, place, ())] for place in value if place >= 0])
 
 
+def anything(value, frames):
+    return value
+
+
 FIELDS = {  # {field: its kind}, the same in every message
     field: kind
     for kind, fields in (
         (to_key, "key"),
-        (int, "want attempt nbytes nthreads duration_us priority"),
-        (str, "id name type status text worker"),
-        (bool, "wanted"),
+        (int, "want attempt nbytes nthreads duration_us ttl_us priority retries number"),
+        (str, "id name type status text worker what"),
+        (bool, "wanted loose broadcast force"),
         (to_frames, "run_spec value exception"),
         ([int], "attempts order"),
-        ([str], "holders"),
+        ([str], "holders workers"),
+        ([to_key], "keys"),
+        (anything, "facts"),
         ([(to_key, int)], "names inputs wants values"),  # values by attempt, tasks by want
         ([(to_key, int, [str])], "places misses"),  # values by attempt, and who has them
     )
@@ -388,10 +413,14 @@ class FutureState:
     holders: "list[str] | tuple[()]" = ()
     # Frames, from the moment when the value is here.  A value that is here is final.
     value: tuple = ()
-    # Set in "error" only: a pickled exception, or words where no exception was ever pickled.
+    # Set in "error" only: a pickled exception; where none was ever pickled, ``type`` is its kind.
     exception: tuple = ()
     # Set in "error" and "cancelled": why.
     text: str = ""
+
+    # Of scattered data, in "pending" only: its frames, and where they are being put, if asked to.
+    data: tuple = ()
+    put: tuple = ()  # (worker, attempt)
 
     @property
     def final(self):
@@ -408,17 +437,16 @@ class ClientMind(FetchingMind):
         self.wants = 0  # the number of the last want
         self.news = []  # FutureStates that changed, for the body to wake who waits for them
 
-    def stimulus_submit(self, key, name, run_spec, inputs, priority):
+    def stimulus_submit(
+        self, key, name, run_spec, inputs, priority, workers=(), loose=False, retries=0
+    ):
         """[2] The user submits a call: a new want, or one more reference to the one there is.
 
         ``inputs`` are the FutureStates of the futures in its arguments.
         """
-        state = self.futures.get(key)
-        if state is not None:
-            state.count += 1
+        if state := self.known(key):
             return state
-        self.wants += 1
-        state = FutureState(key, self.wants)
+        state = FutureState(key, self.next_want())
         for i in inputs:
             if self.futures.get(i.key) is not i:
                 # Cancelled inputs have left the table: nothing can be computed from them.
@@ -427,8 +455,53 @@ class ClientMind(FetchingMind):
                 return state
         self.futures[key] = state
         names = [(i.key, i.want) for i in inputs]
-        self.send(SCHEDULER, "submit", key, state.want, name, run_spec, names, priority)
+        options = (priority, workers, loose, retries)
+        self.send(SCHEDULER, "submit", key, state.want, name, run_spec, names, *options)
         return state
+
+    def stimulus_scatter(self, key, data, nbytes, type, workers=(), broadcast=False):
+        """The user scatters data: it is kept here until the scheduler says that it has a place."""
+        if state := self.known(key):
+            return state
+        self.futures[key] = state = FutureState(key, self.next_want(), data=data)
+        self.send(SCHEDULER, "scatter", key, state.want, nbytes, type, workers, broadcast)
+        return state
+
+    def stimulus_put(self, peer, key, want, attempt, worker):
+        """The scheduler says where data shall go, by a data connection."""
+        # (Another want: that data was let go while the message was under way.)
+        if (state := self.current(key, want)) and state.data:
+            state.put = (worker, attempt)
+            self.send(worker, "put-data", key, attempt, state.data)
+
+    def stimulus_link_lost(self, holder):
+        """The connection to a worker broke: what was asked or put there may not have come."""
+        super().stimulus_link_lost(holder)
+        for state in [state for state in self.futures.values() if state.put[:1] == (holder,)]:
+            self.send(SCHEDULER, "put-failed", state.key, state.put[1])
+            state.put = ()
+
+    def stimulus_cancel(self, states, force):
+        """The user cancels: these states leave the table at once."""
+        for state in states:
+            if self.futures.get(state.key) is state:
+                self.send(SCHEDULER, "cancel-keys", [(state.key, state.want)], force)
+                self.stimulus_key_cancelled(
+                    SCHEDULER, state.key, state.want, "it was cancelled here"
+                )
+
+    def stimulus_retry(self, states):
+        """The user wants tasks that failed once more: each is a new want."""
+        for state in states:
+            if self.futures.get(state.key) is state and state.status == "error":
+                state.want, state.exception = self.next_want(), ()
+                self.send(SCHEDULER, "retry", state.key, state.want)
+                self.become(state, "pending")
+
+    def stimulus_fire_and_forget(self, states):
+        """The user wants tasks to run even if nobody waits for them."""
+        names = [(state.key, state.want) for state in states]
+        self.send(SCHEDULER, "fire-and-forget", names)
 
     def stimulus_release(self, state):
         """One ``Future`` object is gone; with the last one, the want is."""
@@ -458,10 +531,10 @@ class ClientMind(FetchingMind):
         if state := self.current(key, want):
             self.become(state, "pending")
 
-    def stimulus_key_erred(self, peer, key, want, exception, text):
+    def stimulus_key_erred(self, peer, key, want, exception, type, text):
         """The task failed, or will never be computed."""
         if state := self.current(key, want):
-            state.exception = exception
+            state.exception, state.type = exception, type
             self.become(state, "error", text)
 
     def stimulus_key_cancelled(self, peer, key, want, text):
@@ -497,12 +570,25 @@ class ClientMind(FetchingMind):
         self.wanted.pop((key, state.attempt), None)
         return state
 
+    def known(self, key):
+        """The state of a key that is wanted already, with one more reference; or None."""
+        state = self.futures.get(key)
+        if state is not None:
+            state.count += 1
+        return state
+
+    def next_want(self):
+        self.wants += 1
+        return self.wants
+
     def let_go(self, state):
         del self.futures[state.key]
         self.wanted.pop((state.key, state.attempt), None)
 
     def become(self, state, status, text=""):
         state.status, state.text = status, text
+        if status != "pending":
+            state.data = state.put = ()
         self.news.append(state)
 
     def fetch(self, state):
@@ -534,6 +620,7 @@ class ClientMind(FetchingMind):
             # C2. A value belongs to a finished state, an exception to one that erred.
             assert state.status == "finished" or not state.value, state
             assert state.status == "error" or not state.exception, state
+            assert state.status == "pending" or not (state.data or state.put), state
             # C3. What somebody waits for is on its way exactly when it exists and is not here.
             waits = state.asked and state.status == "finished" and not state.value
             assert waits == ((key, state.attempt) in self.wanted), state
@@ -557,12 +644,19 @@ ALLOWED_FAILURES = 3  # a task may fail so often for reasons that are not its ow
 
 @dataclass(eq=False, slots=True)
 class TaskState:
-    """What the scheduler believes about one task."""
+    """What the scheduler believes about one task.
+
+    A task is a call; or it is *data* that a client scattered, which nobody can compute.  Then its
+    ``run_spec`` is empty, and its attempts are those to put it on a worker.
+    """
 
     key: "str | tuple"
     name: str  # of the function: tasks of one name are expected to take equally long
     priority: tuple  # (minus the user's, order of submission): the smallest goes first
     run_spec: tuple  # frames of the pickled call
+    restrictions: tuple = ()  # names of the workers that may run it; (): any
+    loose: bool = False  # others may, too, while there is none of these
+    retries: int = 0  # how often it may still raise
     state: str = "released"
     dependencies: "dict[TaskState, None] | tuple[()]" = ()  # an ordered set, in all states
     dependents: "dict[TaskState, None] | tuple[()]" = ()  # transpose of dependencies
@@ -577,19 +671,29 @@ class TaskState:
     # In "queued" only: where it waits, and for how long it is expected to run.
     queue: "Queue | None" = None
     estimate_us: int = 0
-    # In "processing" only:
-    processing_on: "WorkerState | None" = None  # transpose: WorkerState.processing
+    # In "processing" only.  Transpose: WorkerState.processing, and for data WorkerState.arriving.
+    processing_on: "WorkerState | None" = None
     # In "processing" and "memory": the attempt that makes, or made, its value.
     attempt: int = 0
     # In "memory" only:
     who_has: "dict[WorkerState, None] | tuple[()]" = ()  # transpose: WorkerState.has_what
+    copying: "dict[int, WorkerState] | tuple[()]" = ()  # transpose: WorkerState.arriving
     nbytes: int = 0
     type: str = ""
     value: tuple = ()  # frames that came with the news, until the clients were told
-    # In "erred" only, or on the way there: frames, or words where nothing was pickled.
-    exception: tuple = ()
-    text: str = ""
+    # In "erred" only, or on the way there: (frames, or none where nothing was pickled; kind; words)
+    error: tuple = ()
+
+    # What has gone wrong, and was not its own fault:
     misses: int = 0  # how often one of its inputs, or its value, could not be had
+    suspect: bool = False  # it was on a worker that died, and has not ended since
+    deaths: tuple = ()  # the workers that died while it was alone there, and how
+    # Of data only:
+    givers: "dict[ClientState, bool] | tuple[()]" = ()  # who has it until it is in memory, and
+    #                                                     whether all workers should get it
+    stuck: bool = False  # somebody could not fetch the only copy there is
+    lost: str = ""  # with which worker
+    why: str = ""  # why it cannot be computed again, though once it was
 
     def __repr__(self):
         return f"<TaskState {self.key!r} {self.state}>"
@@ -605,8 +709,10 @@ class WorkerState:
     id: str  # address and process: what comes back at an address is another worker
     name: str
     nthreads: int
+    seen_us: int  # when it gave its last sign of life
     # Attempts sent and not ended, abandoned ones too: they occupy its threads all the same.
     processing: dict  # {attempt: (TaskState, duration_us)}
+    arriving: dict  # {attempt: TaskState}: data that a client puts there, copies that it fetches
     has_what: dict  # an ordered set of TaskStates; transpose: TaskState.who_has
     queue: "Queue | None" = None  # what waits for this very worker
     nbytes: int = 0  # sum over has_what
@@ -614,6 +720,18 @@ class WorkerState:
     short_us: int = 0  # of it: sent, and known to be short
     long: int = 0  # how many attempts are not known to be short
     load: int = 0  # which of SchedulerMind.by_load it stands in
+    alone: int = 0  # the attempt of a suspect, beside which nothing is sent
+    late: bool = False  # it gave back what had waited too long behind something that still runs
+    leaving: "dict[TaskState, None] | None" = None  # what is being copied before it goes
+
+    @property
+    def address(self):
+        return self.id.partition("#")[0]
+
+    def aliases(self):
+        """What a user may call it."""
+        short = self.address.removeprefix("tcp://")
+        return self.id, self.name, self.address, short, short.rpartition(":")[0]
 
 
 @dataclass(eq=False, slots=True)
@@ -624,27 +742,28 @@ class ClientState:
     wants_what: dict  # {TaskState: the number of the want}; transpose: TaskState.who_wants
 
 
-EMPTY, FREE, ROOM, FULL = range(4)  # how loaded a worker is
+EMPTY, FREE, ROOM, FULL, LEAVING = range(5)  # how loaded a worker is
 UNFINISHED = ("waiting", "queued", "no-worker", "processing")
 
 
 class SchedulerMind(Mind):
     """Decides what runs where.
 
-    ``first_attempt`` must grow from one scheduler's life to the next.
+    ``first_attempt`` must grow from one scheduler's life to the next.  A worker that gives no
+    sign of life for ``ttl_us`` is dead.
     """
 
     TRANSITIONS = edges(
         released="waiting forgotten",
-        waiting="queued no-worker erred released",
+        waiting="queued no-worker processing erred released",
         queued="processing waiting no-worker released",
-        no_worker="queued released",
+        no_worker="queued waiting processing released",
         processing="memory erred waiting released",
         memory="waiting erred released",
-        erred="released",
+        erred="waiting released",
     )
 
-    def __init__(self, first_attempt=1):
+    def __init__(self, first_attempt=1, ttl_us=30_000_000):
         super().__init__()
         self.tasks = {}  # {key: TaskState}
         self.workers = {}  # {id: WorkerState}
@@ -653,27 +772,34 @@ class SchedulerMind(Mind):
         self.unrunnable = {}  # an ordered set of the tasks in "no-worker"
         # Every worker stands in the set of its load.  (OrderedDict: its first is found at once,
         # however many were taken out before it; in a dict they would be passed over each time.)
-        self.by_load = [OrderedDict() for _ in range(4)]
-        self.changed = {}  # an ordered set of workers that may have room for their queue's head
+        self.by_load = [OrderedDict() for _ in range(5)]
+        self.crowded = OrderedDict()  # an ordered set of workers with something in their queue
+        self.called = {}  # {name, address or host: ordered set of the WorkerStates called so}
+        self.changed = {}  # an ordered set of workers that may have room for something
         self.durations = {}  # {function name: microseconds}, a moving average
         self.attempts = first_attempt  # the number of the next attempt
-        self.submitted = 0
+        self.submitted = self.puts = 0
+        self.now_us, self.ttl_us = 0, ttl_us
+        self.departed = ""  # which worker was lost last, and how
+        # Wants what no user waits for, and lets go when it has ended.
+        self.keeper = ClientState("fire-and-forget", {})
 
     # Stimuli: clients.
 
     def stimulus_register_client(self, client, wants):
         """A client joins."""
         self.clients[client] = ClientState(client, {})
-        self.send(client, "registered")
+        self.send(client, "registered", self.ttl_us)
 
-    def stimulus_submit(self, client, key, want, name, run_spec, inputs, priority):
+    def stimulus_submit(self, client, key, want, name, run_spec, inputs, priority, **options):
         """[5] A client wants the result of a call.
 
-        ``inputs`` are the tasks whose results are among its arguments, as (key, want).
+        ``inputs`` are the tasks whose results are among its arguments, as (key, want);
+        ``options`` are ``workers``, ``loose`` and ``retries``.
         """
         cs = self.clients[client]
         for input_key, number in inputs:
-            if cs.wants_what.get(self.tasks.get(input_key)) != number:
+            if self.wanted_by(cs, input_key, number) is None:
                 # On one ordered stream that want can only have been cancelled or lost.  What
                 # bears the key now may be another call of another client.
                 text = f"its input {input_key!r} was cancelled"
@@ -681,29 +807,88 @@ class SchedulerMind(Mind):
                 return
         ts = self.tasks.get(key)
         if ts is None:
-            self.submitted += 1
-            ts = TaskState(key, name, (-priority, self.submitted), run_spec)
-            self.tasks[key] = ts
+            ts = self.new_task(key, name, run_spec, priority, **options)
             for input_key, _ in inputs:
                 link(ts, "dependencies", self.tasks[input_key], "dependents")
         elif ts.run_spec != run_spec:
             text = f"the key {key!r} is known with another call: that one's result is used"
             self.send(client, "warning", text)
-        link(ts, "who_wants", cs, "wants_what")
-        cs.wants_what[ts] = want
-        self.tell(cs, ts)
-        self.mark(ts)
+        self.want(cs, ts, want)
+        self.settle()
+
+    def stimulus_scatter(self, client, key, want, nbytes, type, workers, broadcast):
+        """A client has data, and gives it until it is in memory."""
+        cs, ts = self.clients[client], self.tasks.get(key)
+        if ts is None:
+            ts = self.new_task(key, "scatter", (), workers=workers)
+            ts.nbytes, ts.type = nbytes, type
+        elif ts.run_spec:
+            self.send(client, "warning", f"{key!r} is known as a call: its result is used")
+        if ts.state == "memory" and broadcast:
+            self.copy_everywhere(ts)
+        elif ts.state not in ("memory", "erred") and not ts.run_spec:
+            ts.givers = ts.givers or {}
+            ts.givers[cs] = broadcast
+        self.want(cs, ts, want)
+        self.settle()
+
+    def stimulus_put_failed(self, client, key, attempt):
+        """A client could not put its data where it was asked to."""
+        ts = self.tasks.get(key)
+        if ts is not None and ts.attempt == attempt and ts.state == "processing":
+            ts.misses += 1
+            if ts.misses > ALLOWED_FAILURES:
+                ts.misses = 0
+                del ts.givers[self.clients[client]]
+            self.end_arrival(ts, attempt)
         self.settle()
 
     def stimulus_release_keys(self, client, names):
         """A client has no future of these keys any more."""
         cs = self.clients[client]
         for key, want in names:
-            ts = self.tasks.get(key)
-            # Another number: this want was cancelled before its release came, and the client
-            # has since made another.
-            if cs.wants_what.get(ts) == want:
+            # None: this want was cancelled before its release came; perhaps there is another.
+            if ts := self.wanted_by(cs, key, want):
                 self.let_go(cs, ts)
+        self.settle()
+
+    def stimulus_cancel_keys(self, client, names, force):
+        """A client cancels tasks, and with them those that depend on them.
+
+        Another client's wants are left alone, unless ``force``.
+        """
+        cs = self.clients[client]
+        for key, want in names:
+            if ts := self.wanted_by(cs, key, want):
+                text = f"{key!r} was cancelled by {client}"
+                self.cancel(ts, "dependents", text, only=None if force else cs)
+        self.settle()
+
+    def stimulus_retry(self, client, key, want):
+        """A client wants a task that failed once more, and its failed inputs if need be.
+
+        ``want`` is the new number of its want.
+        """
+        cs, ts = self.clients[client], self.tasks.get(key)
+        if ts not in cs.wants_what:
+            # It was cancelled, or lost, while the retry was under way.
+            self.send(client, "key-cancelled", key, want, "it was cancelled before its retry")
+            return
+        failed = [ts]
+        while failed:
+            each = failed.pop()
+            if each.state == "erred":
+                each.error = ()
+                self.mark(each)
+                failed += each.dependencies
+        self.want(cs, ts, want)
+        self.settle()
+
+    def stimulus_fire_and_forget(self, client, names):
+        """A client wants tasks to run, even if it lets go of them."""
+        for key, want in names:
+            if ts := self.wanted_by(self.clients[client], key, want):
+                self.want(self.keeper, ts, 0)
         self.settle()
 
     def stimulus_client_left(self, client):
@@ -716,13 +901,45 @@ class SchedulerMind(Mind):
     def stimulus_fetch_missed(self, client, key, want, attempt, holders):
         """A client could not get a value from any of its holders."""
         cs = self.clients[client]
-        ts = self.tasks.get(key)
+        ts = self.wanted_by(cs, key, want)
         # Otherwise it was let go meanwhile; or lost or made again, and that notice is under way.
-        if cs.wants_what.get(ts) == want and ts.state == "memory" and ts.attempt == attempt:
+        if ts is not None and ts.state == "memory" and ts.attempt == attempt:
             self.strike(ts, holders)
-            if ts.who_has:
-                self.tell(cs, ts)
+            target = self.least_loaded(FULL, but=ts.who_has)
+            if ts.stuck and (target is None or ts.misses > ALLOWED_FAILURES):
+                text = f"{key!r} could not be fetched from {', '.join(holders)}"
+                self.send(client, "key-erred", key, want, (), "ConnectionError", text)
+            elif ts.stuck and not ts.copying:
+                self.copy(ts, target)  # The client will be told of that one.
+            self.tell(cs, ts)
         self.settle()
+
+    def stimulus_query(self, client, number, what, keys):
+        """A client looks inside; keys cannot be keys of JSON's objects, so it gets rows."""
+        self.send(client, "answer", number, getattr(self, f"facts_{what}")(keys))
+
+    def stimulus_shutdown(self, client):
+        """The cluster ends: workers are told, so that they do not complain."""
+        for worker in self.workers:
+            self.send(worker, "goodbye")
+
+    def facts_tasks(self, keys):
+        tasks = [self.tasks[key] for key in keys or self.tasks if key in self.tasks]
+        return [
+            (ts.key, ts.name, ts.state, ts.nbytes, [ws.address for ws in ts.who_has])
+            for ts in tasks
+        ]
+
+    def facts_workers(self, keys):
+        return [
+            {"address": ws.address, "id": ws.id, "name": ws.name, "nthreads": ws.nthreads}
+            | {"nbytes": ws.nbytes, "has_what": [ts.key for ts in ws.has_what]}
+            | {"processing": [ts.key for ts, _ in ws.processing.values()]}
+            for ws in self.workers.values()
+        ]
+
+    def facts_story(self, keys):
+        return [line for line in self.story if line[0] in keys]
 
     # Stimuli: workers.
 
@@ -731,41 +948,88 @@ class SchedulerMind(Mind):
         if any(ws.name == name for ws in self.workers.values()):
             self.send(worker, "refused", f"a worker named {name!r} is there already")
             return
-        ws = WorkerState(worker, name, nthreads, processing={}, has_what={})
+        tables = dict(processing={}, arriving={}, has_what={})
+        ws = WorkerState(worker, name, nthreads, self.now_us, **tables)
         ws.queue = Queue(ws)
         self.workers[worker] = ws
         self.by_load[EMPTY][ws] = None
-        self.send(worker, "registered")
+        self.changed[ws] = None
+        for alias in ws.aliases():
+            self.called.setdefault(alias, {})[ws] = None
+        self.send(worker, "registered", self.ttl_us)
         for ts in self.unrunnable:
             self.mark(ts)
         self.settle()
 
-    def stimulus_worker_left(self, worker):
-        """A worker is lost, with its attempts and its data."""
+    def stimulus_heartbeat(self, worker):
+        self.workers[worker].seen_us = self.now_us
+
+    def stimulus_time_passes(self, now_us):
+        """What the time is, every now and then: who was silent for too long is dead."""
+        self.now_us = now_us
+        for ws in list(self.workers.values()):
+            if now_us - ws.seen_us > self.ttl_us:
+                text = f"silent for more than {self.ttl_us / 1_000_000:g} s"
+                self.send(ws.id, "refused", text)
+                self.lose(ws.id, text)
+        self.settle()  # Only now: nothing must be sent to the next one that is dead.
+
+    def stimulus_leave(self, worker):
+        """A worker wants to go.  What only it holds is copied to others before it may."""
+        ws = self.workers[worker]
+        ws.leaving = {}
+        self.account(ws, 0, 0)
+        self.withdraw(ws)
+        for ts in ws.has_what:
+            self.hand_over(ts, ws)
+        self.settle()
+
+    def stimulus_worker_left(self, worker, how="connection lost"):
+        """A worker is lost."""
+        self.lose(worker, how)
+        self.settle()
+
+    def lose(self, worker, how):
+        """A worker takes its attempts and its data with it."""
         ws = self.workers.pop(worker, None)
         if ws is None:
-            return  # It was refused.
+            return  # It was refused, or declared dead before its connection was lost.
+        self.departed = f"{worker} ({ws.name}): {how}"
         del self.by_load[ws.load][ws]
+        self.withdraw(ws)
         for peer in (*self.workers, *self.clients):
             self.send(peer, "worker-left", worker)
         for attempt, (ts, _) in ws.processing.items():
             if ts.attempt == attempt:
                 ts.processing_on = None
                 self.mark(ts)
+                if ws.leaving is None:
+                    self.suspect(ts, blamed=len(ws.processing) == 1)
         for ts in list(ws.has_what):
             self.remove_replica(ts, ws)
-        for ts in list(ws.queue):
-            self.transition(ts, "waiting")
-            self.mark(ts)
-        if not self.workers:
-            for ts in self.queue:
-                self.mark(ts)
+            ts.lost = "" if ts.who_has else self.departed
+        for attempt, ts in list(ws.arriving.items()):
+            self.end_arrival(ts, attempt)
         self.changed.pop(ws, None)
-        self.settle()
+
+    def suspect(self, ts, blamed):
+        """``ts`` was on a worker that died.
+
+        Which of several did it nobody knows: from now on, each runs alone.  Only one that was
+        alone is blamed, so that no innocent one fails with it.
+        """
+        # dask: whatever was on the worker is blamed, also what had not started.
+        ts.suspect = True
+        if blamed:
+            ts.deaths = (*ts.deaths, self.departed)
+        if len(ts.deaths) > ALLOWED_FAILURES:
+            text = f"{ts.key!r} was alone on each of these when they died: {'; '.join(ts.deaths)}"
+            ts.error = ((), "KilledWorker", text)
 
     def stimulus_task_finished(self, worker, attempt, nbytes, type, duration_us, value):
         """[11] A worker says that an attempt has made its value, and that it holds it."""
         ws = self.workers[worker]
+        ws.late = False
         ts, current = self.end_attempt(ws, attempt)
         average = self.durations.get(ts.name, duration_us)
         self.durations[ts.name] = (average + duration_us) // 2
@@ -781,47 +1045,65 @@ class SchedulerMind(Mind):
 
     def stimulus_task_erred(self, worker, attempt, exception):
         """A worker says that an attempt raised."""
-        ts, current = self.end_attempt(self.workers[worker], attempt)
-        if current:
-            ts.exception = exception
+        ws = self.workers[worker]
+        ws.late = False
+        ts, current = self.end_attempt(ws, attempt)
+        if current and ts.retries:
+            ts.retries -= 1
+        elif current:
+            ts.error = (exception, "", "")
         self.settle()
 
     def stimulus_task_returned(self, worker, attempt, misses):
-        """A worker gives an attempt back: it could not have its inputs.
+        """A worker gives an attempt back, which it had not started.
 
-        ``misses`` says which, and who was asked.  What happens next is ordinary placement.
+        ``misses`` says which inputs it could not have, and who was asked.  What happens next is
+        ordinary placement.  A copy is an attempt that is returned as soon as its input is there.
         """
-        ts, current = self.end_attempt(self.workers[worker], attempt)
+        ws = self.workers[worker]
         for key, number, holders in misses:
-            dependency = self.tasks.get(key)
+            ts = self.tasks.get(key)
             # Another number: that value was lost or let go, and the miss is no news.
-            if dependency is not None and dependency.attempt == number:
-                self.strike(dependency, holders)
-        if current and misses:
-            key, _, holders = misses[0]
-            self.miss(ts, f"{worker} could not fetch {key!r} from {', '.join(holders)}")
+            if ts is not None and ts.attempt == number and ts.state == "memory":
+                self.strike(ts, holders)
+        if attempt in ws.arriving:
+            self.end_arrival(ws.arriving[attempt], attempt)
+        elif attempt in ws.processing:  # Else a copy that nobody needs any more.
+            ts = ws.processing[attempt][0]
+            ws.late = ws.late or (not misses and ts.attempt == attempt)
+            ts, current = self.end_attempt(ws, attempt)
+            if current and misses:
+                key, _, holders = misses[0]
+                self.miss(ts, f"{worker} could not fetch {key!r} from {', '.join(holders)}")
         self.settle()
 
     def stimulus_add_keys(self, worker, names):
-        """A worker says that it has fetched copies of values."""
+        """A worker says that it holds values that were put there, or that it has fetched."""
         ws = self.workers[worker]
         for key, attempt in names:
             ts = self.tasks.get(key)
-            if ts is not None and ts.state == "memory" and ts.attempt == attempt:
+            if ts is not None and ts.attempt == attempt and ts.state == "memory":
                 self.add_replica(ts, ws)
+            elif ts is not None and ws.arriving.get(attempt) is ts:
+                broadcast, ts.givers = any(ts.givers.values()), ()
+                self.end_arrival(ts, attempt)
+                self.add_replica(ts, ws)
+                if broadcast:
+                    self.copy_everywhere(ts)
             else:
-                # Let go or lost while the copy was made.
+                # Let go or lost meanwhile.
                 self.send_name(worker, "free-keys", (key, attempt))
         self.settle()
 
-    # What a task should be.
+    # What a task should be, and where.
 
     def goal(self, ts):
         """What ``ts`` should be, given who wants it and what its neighbours are."""
         if not (ts.who_wants or ts.waiters):
-            gone = ts.state in ("released", "forgotten") and not ts.dependents
-            return "forgotten" if gone else "released"
-        if ts.exception or ts.text:
+            # Data that is let go is forgotten at once: nobody could use it without its value.
+            kept = ts.dependents and ts.run_spec
+            return "forgotten" if ts.state in ("released", "forgotten") and not kept else "released"
+        if ts.error:
             # By way of "waiting", since what waits in a queue has no edge to "erred".
             return "waiting" if ts.state in ("queued", "no-worker") else "erred"
         if ts.who_has:
@@ -830,74 +1112,115 @@ class SchedulerMind(Mind):
             return "processing"  # Only the end of its attempt changes that.
         if ts.state not in ("waiting", "queued", "no-worker") or ts.waiting_on:
             return "waiting"
-        return "queued" if self.workers else "no-worker"
+        if not (ts.run_spec or ts.givers):
+            return "waiting"  # Lost data: those who want it are being told.
+        if self.least_loaded(FULL) is None or self.allowed(ts) == {}:
+            return "no-worker"
+        return "queued" if ts.run_spec else "processing"
 
     def settle(self):
         """Take the edges; then send what waits for as long as there is room."""
         super().settle()
-        while self.changed:
-            ws, _ = self.changed.popitem()
-            while (ts := self.next_for(ws)) and self.has_room(ws, ts):
-                self.process(ts, ws)
-        while ts := self.queue.peek():
-            ws = self.least_loaded(ROOM if self.estimate(ts) <= ROOM_US else FREE)
+        while self.changed or self.queue:
+            while self.changed:
+                ws, _ = self.changed.popitem()
+                while ts := self.next_for(ws):
+                    self.process(ts, ws)
+                if ws.queue and (idle := self.least_loaded(FREE, but=self.crowded)):
+                    self.changed[idle] = None  # It may steal.
+            ts = self.queue.peek()
+            ws = self.least_loaded(self.most_load(ts)) if ts else None
             if ws is None:
                 break
             self.process(ts, ws)
-        self.changed.clear()  # What was sent from the common queue left less room, not more.
+        for ws in list(self.by_load[LEAVING]):
+            if not ws.leaving:
+                self.send(ws.id, "goodbye")
+                self.stimulus_worker_left(ws.id, "it said good-bye")
 
     def size(self):
         return len(self.tasks)
 
     def next_for(self, ws):
-        """The head of its own queue, or of the common one where that is to go first."""
-        ts, common = ws.queue.peek(), self.queue.peek()
-        first = ts and common and common.priority < ts.priority and self.has_room(ws, common)
-        return common if first else ts
+        """What ``ws`` has room for: of its own queue, of the common one, or of another worker's."""
+        heads = [ts for ts in (ws.queue.peek(), self.queue.peek()) if ts]
+        for ts in sorted(heads, key=lambda ts: ts.priority):
+            if self.has_room(ws, ts):
+                return ts
+            if ts.suspect:
+                return None  # Let this worker run empty.
+        return self.steal(ws) if ws.load <= FREE and not ws.queue else None
+
+    def steal(self, ws):
+        """What waits for another worker, and would start sooner here, with its inputs moved."""
+        for victim in islice(self.crowded, LIMITS["holders"]):
+            ts = victim.queue.peek()
+            waiting_us = (victim.occupancy - ts.estimate_us) // victim.nthreads
+            allowed = self.allowed(ts)
+            if (allowed is None or ws in allowed) and not any(d.stuck for d in ts.dependencies):
+                if self.has_room(ws, ts) and self.start_us(ts, ws) < waiting_us:
+                    return ts
+        return None
 
     def has_room(self, ws, ts):
-        """Whether ``ts`` may be sent to ``ws`` now.
+        """Whether ``ts`` may be sent to ``ws`` now."""
+        if ws.load <= self.most_load(ts):
+            return True
+        # One further task a thread is sent early if its inputs have to be fetched first.
+        early = not (ts.suspect or ws.alone or ws.late or ws.leaving is not None)
+        early = early and len(ws.processing) < 2 * ws.nthreads
+        return early and self.missing_bytes(ts, ws) is not None
+
+    def most_load(self, ts):
+        """How loaded a worker may be that gets ``ts``.
 
         Room is measured in time: a task for each thread, and beyond that about a millisecond of
         known-short ones.  So microsecond tasks run hundreds deep, and none waits behind an hour.
         """
         # dask: room is a number of tasks for each thread (worker-saturation), not a time.
-        if ws.load <= FREE:
-            return True
-        if self.estimate(ts) <= ROOM_US:
-            return ws.load == ROOM
-        # One further task a thread is sent early if its inputs have to be fetched first.
-        return len(ws.processing) < 2 * ws.nthreads and self.missing_bytes(ts, ws) is not None
+        if ts.suspect:
+            return EMPTY
+        return ROOM if self.estimate(ts) <= ROOM_US else FREE
 
-    def least_loaded(self, most):
+    def least_loaded(self, most, but=()):
         """The least loaded of the workers with a load of at most ``most``, or None.
 
         Only a few are compared: with thousands of workers, deciding must not cost a scan.
         """
         for group in self.by_load[: most + 1]:
-            if group:
-                some = islice(group, LIMITS["holders"])
+            some = list(islice((ws for ws in group if ws not in but), LIMITS["holders"]))
+            if some:
                 return min(some, key=lambda ws: ws.occupancy // ws.nthreads)
         return None
 
+    def allowed(self, ts):
+        """The workers that may run ``ts``, as an ordered set; None: any."""
+        if not ts.restrictions:
+            return None
+        some = {ws: None for name in ts.restrictions for ws in self.called.get(name, ())}
+        return None if ts.loose and not some else some
+
     def decide_worker(self, ts):
-        """The worker on which ``ts``, which has inputs, would start first.
+        """The worker on which ``ts``, which has inputs or restrictions, would start first.
 
-        Weighed are the holders of its inputs and the least loaded worker: what would have to be
-        moved there, against the work that waits there.
+        Weighed are those that are allowed, or the holders of its inputs and the least loaded
+        worker.  An input that could not be fetched from its only holder draws it there.
         """
-        candidates = {}
-        for dependency in ts.dependencies:
-            if len(candidates) < LIMITS["holders"]:
-                candidates.update(dict.fromkeys(islice(dependency.who_has, LIMITS["holders"])))
-        candidates[self.least_loaded(FULL)] = None
+        candidates = self.allowed(ts)
+        if candidates is None:
+            candidates = {self.least_loaded(FULL): None}
+            for dependency in ts.dependencies:
+                if len(candidates) <= LIMITS["holders"]:
+                    some = islice(dependency.who_has, LIMITS["holders"])
+                    candidates |= {ws: None for ws in some if ws.load != LEAVING}
+        stuck = [ws for d in ts.dependencies if d.stuck for ws in d.who_has]
+        return min(stuck or candidates, key=lambda ws: self.start_us(ts, ws))
 
-        def start_us(ws):
-            missing = self.missing_bytes(ts, ws)
-            moving = 0 if missing is None else TRANSFER_US + missing // BYTES_PER_US
-            return moving + ws.occupancy // ws.nthreads
-
-        return min(candidates, key=start_us)
+    def start_us(self, ts, ws):
+        """When ``ts`` would start on ``ws``: what has to be moved, and the work that waits."""
+        missing = self.missing_bytes(ts, ws)
+        moving = 0 if missing is None else TRANSFER_US + missing // BYTES_PER_US
+        return moving + ws.occupancy // ws.nthreads
 
     def missing_bytes(self, ts, ws):
         """How much ``ws`` would have to fetch to run ``ts``; None if nothing."""
@@ -926,8 +1249,11 @@ class SchedulerMind(Mind):
             dependency.waiters = dependency.waiters or {}
             dependency.waiters[ts] = None
             if dependency.state == "erred":
-                ts.exception, ts.text = dependency.exception, dependency.text
+                ts.error = dependency.error
             self.mark(dependency)
+        if not (ts.run_spec or ts.givers):
+            how = f"was lost with {ts.lost}" if ts.lost else "could not be put on any worker"
+            self.cancel(ts, "waiters", f"the data {ts.key!r} {how}{ts.why}")
 
     def leave_waiting(self, ts):
         ts.waiting_on = ()
@@ -935,49 +1261,65 @@ class SchedulerMind(Mind):
     def enter_queued(self, ts):
         """It can run: it waits for room, on the worker that holds its inputs or on any."""
         ts.queue = self.queue
-        if ts.dependencies:
+        if ts.dependencies or self.allowed(ts) is not None:
             ws = self.decide_worker(ts)
             ts.queue, ts.estimate_us = ws.queue, self.estimate(ts)
             ws.occupancy += ts.estimate_us
-            self.changed[ws] = None
+            self.changed[ws] = self.crowded[ws] = None
         ts.queue.push(ts)
 
     def leave_queued(self, ts):
         ts.queue.discard(ts)
-        if ts.queue.worker:
-            ts.queue.worker.occupancy -= ts.estimate_us
-            self.changed[ts.queue.worker] = None  # There may be room for what is next.
+        if ws := ts.queue.worker:
+            ws.occupancy -= ts.estimate_us
+            self.changed[ws] = None  # There may be room for what is next.
+            if not ws.queue:
+                del self.crowded[ws]
+        if ts.suspect:
+            self.changed |= self.crowded  # They may have been kept empty for it.
         ts.queue, ts.estimate_us = None, 0
 
     def enter_no_worker(self, ts):
         self.unrunnable[ts] = None
+        for cs in ts.who_wants if ts.restrictions else ():
+            text = f"{ts.key!r} waits: no worker is called {' or '.join(ts.restrictions)}"
+            self.send(cs.id, "warning", text)
 
     def leave_no_worker(self, ts):
         del self.unrunnable[ts]
 
     def enter_processing(self, ts):
         """[6] ``processing_on`` has room: a new attempt goes there, with the inputs' places."""
-        ws, ts.attempt = ts.processing_on, self.attempts
-        self.attempts += 1
-        duration_us = self.estimate(ts)
+        ts.attempt = self.next_attempt()
+        if not ts.run_spec:
+            self.ask_giver(ts)
+            return
+        ws, duration_us = ts.processing_on, self.estimate(ts)
         ws.processing[ts.attempt] = (ts, duration_us)
+        if ts.suspect:
+            ws.alone = ts.attempt
         self.account(ws, duration_us, +1)
-        inputs = [(d.key, d.attempt, self.holders(d)) for d in ts.dependencies]
-        call = (ts.key, ts.attempt, ts.name, ts.run_spec, inputs, ts.priority, bool(ts.who_wants))
+        places = [(d.key, d.attempt, self.holders(d)) for d in ts.dependencies]
+        call = (ts.key, ts.attempt, ts.name, ts.run_spec, places, ts.priority, bool(ts.who_wants))
         self.send(ws.id, "compute-task", *call)
 
     def leave_processing(self, ts):
+        if ts.processing_on and ts.run_spec:
+            self.send(ts.processing_on.id, "give-back", [ts.attempt])  # If it has not started.
+        elif ts.processing_on:
+            self.end_arrival(ts, ts.attempt)
         ts.processing_on = None
 
     def enter_memory(self, ts):
         """It has a value: wake whoever waited, tell whoever asked."""
         self.stop_needing(ts)
+        ts.suspect, ts.deaths = False, ()
         for dependent in ts.waiters:
             # (One that is processing had it already, and did not wait when it was lost.)
             if ts in dependent.waiting_on:
                 del dependent.waiting_on[ts]
                 self.mark(dependent)
-        for cs in ts.who_wants:
+        for cs in list(ts.who_wants):
             self.tell(cs, ts)
         ts.value = ()  # What rode along was forwarded; the scheduler keeps none.
 
@@ -986,12 +1328,15 @@ class SchedulerMind(Mind):
 
         Then whoever waits for it, and is not under way with it, has to wait again.
         """
+        for attempt in list(ts.copying):
+            self.end_arrival(ts, attempt)
         for ws in list(ts.who_has):
             self.send_name(ws.id, "free-keys", (ts.key, ts.attempt))
             self.remove_replica(ts, ws)
         for dependent in ts.waiters:
             if dependent.state != "processing":
-                dependent.waiting_on = {**dict(dependent.waiting_on), ts: None}
+                dependent.waiting_on = dependent.waiting_on or {}
+                dependent.waiting_on[ts] = None
                 self.mark(dependent)
         for cs in ts.who_wants:
             self.send(cs.id, "key-lost", ts.key, cs.wants_what[ts])
@@ -1003,27 +1348,67 @@ class SchedulerMind(Mind):
         for dependent in ts.waiters:
             # (One that is processing has fetched what was lost since, or will return and fail.)
             if dependent.state != "processing":
-                dependent.exception, dependent.text = ts.exception, ts.text
+                dependent.error = ts.error
                 self.mark(dependent)
-        for cs in ts.who_wants:
+        for cs in list(ts.who_wants):
             self.tell(cs, ts)
 
     def leave_erred(self, ts):
-        ts.exception, ts.text, ts.misses = (), "", 0
+        ts.error, ts.misses, ts.suspect, ts.deaths = (), 0, False, ()
 
     def enter_forgotten(self, ts):
-        """Nothing that is kept might have to be computed from it."""
-        for dependency in ts.dependencies:
-            del dependency.dependents[ts]
-            self.mark(dependency)
+        """Nothing that is kept might have to be computed from it.
+
+        Or it is data, and what was made from it becomes data itself.
+        """
         del self.tasks[ts.key]
+        self.forget_call(ts)
+        for dependent in list(ts.dependents):
+            dependent.run_spec = ()
+            dependent.why = ts.why or f"; it was made from {ts.key!r}, which was let go"
+            self.forget_call(dependent)
+            self.mark(dependent)
 
     # Leaves: each changes a few facts, in both directions of a relation, and marks.
+
+    def new_task(self, key, name, run_spec, priority=0, workers=(), loose=False, retries=0):
+        self.submitted += 1
+        rank = (-priority, self.submitted)
+        ts = self.tasks[key] = TaskState(key, name, rank, run_spec, tuple(workers), loose, retries)
+        return ts
+
+    def wanted_by(self, cs, key, want):
+        """The task that this client wants under this number, or None."""
+        ts = self.tasks.get(key)
+        return ts if cs.wants_what.get(ts) == want else None
+
+    def want(self, cs, ts, number):
+        link(ts, "who_wants", cs, "wants_what")
+        cs.wants_what[ts] = number
+        if not ts.state == "erred" or ts.error:
+            self.tell(cs, ts)
+        self.mark(ts)
 
     def let_go(self, cs, ts):
         del cs.wants_what[ts]
         del ts.who_wants[cs]
         self.mark(ts)
+        if cs in ts.givers:
+            asked = next(iter(ts.givers)) is cs and ts.processing_on
+            del ts.givers[cs]
+            if asked:
+                self.end_arrival(ts, ts.attempt)
+
+    def cancel(self, ts, relation, text, only=None):
+        """Let clients go of ``ts`` and of all that is in ``relation`` to it, or one client only."""
+        found, seen = [ts], {ts}
+        for each in found:  # It grows meanwhile.
+            for cs in [cs for cs in each.who_wants if only in (None, cs)]:
+                self.send(cs.id, "key-cancelled", each.key, cs.wants_what[each], text)
+                self.let_go(cs, each)
+            more = [other for other in getattr(each, relation) if other not in seen]
+            seen.update(more)
+            found += more
 
     def stop_needing(self, ts):
         """It is unfinished no longer: its dependencies may not be needed any more."""
@@ -1032,6 +1417,16 @@ class SchedulerMind(Mind):
                 del dependency.waiters[ts]
                 self.mark(dependency)
 
+    def forget_call(self, ts):
+        for dependency in ts.dependencies:
+            del dependency.dependents[ts]
+            self.mark(dependency)
+        ts.dependencies = ()
+
+    def next_attempt(self):
+        self.attempts += 1
+        return self.attempts - 1
+
     def process(self, ts, ws):
         ts.processing_on = ws
         self.transition(ts, "processing")
@@ -1039,6 +1434,8 @@ class SchedulerMind(Mind):
     def end_attempt(self, ws, attempt):
         """An attempt's one end.  Returns its task, and whether the attempt was not abandoned."""
         ts, duration_us = ws.processing.pop(attempt)
+        if ws.alone == attempt:
+            ws.alone = 0
         self.account(ws, duration_us, -1)
         current = ts.attempt == attempt
         if current:
@@ -1053,56 +1450,132 @@ class SchedulerMind(Mind):
             ws.short_us += sign * duration_us
         else:
             ws.long += sign
-        if len(ws.processing) < ws.nthreads:
+        room_us = 0 if ws.alone or ws.late else ROOM_US * (ws.nthreads - ws.long)
+        if ws.leaving is not None:
+            load = LEAVING
+        elif len(ws.processing) < ws.nthreads and not ws.alone:
             load = FREE if ws.processing else EMPTY
         else:
-            room_us = ROOM_US * (ws.nthreads - ws.long)
             load = ROOM if ws.short_us < room_us else FULL
         if load != ws.load:
             del self.by_load[ws.load][ws]
             ws.load = load
             self.by_load[load][ws] = None
-        self.changed[ws] = None
+        if sign < 0:
+            self.changed[ws] = None
+
+    def withdraw(self, ws):
+        """It takes no work any more: what waits for it is placed again."""
+        for alias in ws.aliases():
+            if self.called.get(alias, {}).pop(ws, 0) is None and not self.called[alias]:
+                del self.called[alias]  # The last that was called so.
+        for ts in list(ws.queue):
+            self.transition(ts, "waiting")
+            self.mark(ts)
+        for ts in self.queue if self.least_loaded(FULL) is None else ():
+            self.mark(ts)
+
+    def ask_giver(self, ts):
+        """Ask the first client that has the data to put it on a worker, each one in its turn."""
+        some = self.workers.values() if (allowed := self.allowed(ts)) is None else allowed
+        slots = [ws for ws in some if ws.load != LEAVING for _ in range(ws.nthreads)]
+        ts.processing_on = ws = slots[self.puts % len(slots)]
+        self.puts += 1
+        ws.arriving[ts.attempt] = ts
+        cs = next(iter(ts.givers))
+        self.send(cs.id, "put", ts.key, cs.wants_what[ts], ts.attempt, ws.id)
+
+    def copy(self, ts, ws):
+        """Let a worker fetch a value: an attempt with an input and without a call."""
+        attempt = self.next_attempt()
+        ts.copying = ts.copying or {}
+        ts.copying[attempt] = ws
+        ws.arriving[attempt] = ts
+        places = [(ts.key, ts.attempt, self.holders(ts))]
+        self.send(ws.id, "compute-task", ts.key, attempt, "copy", (), places, ts.priority, False)
+
+    def copy_everywhere(self, ts):
+        for ws in self.workers.values():
+            if ws.load != LEAVING and ws not in ts.who_has and ws not in dict(ts.copying).values():
+                self.copy(ts, ws)
+
+    def end_arrival(self, ts, attempt):
+        """A put or a copy is there, or it failed, or its worker is gone."""
+        self.mark(ts)
+        if ts.attempt == attempt:
+            del ts.processing_on.arriving[attempt]
+            ts.processing_on = None
+            return
+        del ts.copying.pop(attempt).arriving[attempt]
+        if not ts.copying:
+            for ws in ts.who_has:
+                if ws.leaving:
+                    ws.leaving.pop(ts, None)
+            for cs in list(ts.who_wants):
+                self.tell(cs, ts)
+
+    def hand_over(self, ts, ws):
+        """Copy what a leaving worker alone holds, if there is a worker that could have it."""
+        target = self.least_loaded(FULL)
+        if target is not None and len(ts.who_has) == 1:
+            ws.leaving[ts] = None
+            if not ts.copying:
+                self.copy(ts, target)
 
     def add_replica(self, ts, ws):
         if ws not in ts.who_has:
             link(ts, "who_has", ws, "has_what")
             ws.nbytes += ts.nbytes
+            ts.stuck = False
+            self.mark(ts)
+            if ws.leaving is not None:
+                self.hand_over(ts, ws)
 
     def remove_replica(self, ts, ws):
         del ts.who_has[ws]
         del ws.has_what[ts]
         ws.nbytes -= ts.nbytes
+        if ws.leaving:
+            ws.leaving.pop(ts, None)
         if not ts.who_has:
+            ts.stuck = False
             self.mark(ts)
 
     def strike(self, ts, holders):
         """Somebody did not get the value from these holders: free it there, use others.
 
         If there is no other, it is computed again; but links can stay broken, so not for ever.
+        The only copy of data is kept: whoever needs it has to go there.
         """
-        for holder in holders:
-            ws = self.workers.get(holder)
-            if ws is not None and ws in ts.who_has:
-                self.send_name(holder, "free-keys", (ts.key, ts.attempt))
+        for ws in [self.workers[holder] for holder in holders if holder in self.workers]:
+            if ws in ts.who_has and (ts.run_spec or len(ts.who_has) > 1):
+                self.send_name(ws.id, "free-keys", (ts.key, ts.attempt))
                 self.remove_replica(ts, ws)
-        if ts.state == "memory" and not ts.who_has:
+            elif ws in ts.who_has:
+                ts.stuck = True
+                ts.misses += 1
+        if not ts.who_has:
             self.miss(ts, f"{ts.key!r} could not be fetched from {', '.join(holders)}")
 
     def miss(self, ts, text):
         ts.misses += 1
         if ts.misses > ALLOWED_FAILURES:
-            ts.text = text
+            ts.error = ((), "ConnectionError", text)
 
     def holders(self, ts):
         return [ws.id for ws in islice(ts.who_has, LIMITS["holders"])]
 
     def tell(self, cs, ts):
-        """Tell a client how a task of its ended, if it did."""
+        """Tell a client how a task of its ended, if it did.
+
+        While copies of it are being made, they are waited for.
+        """
         want = cs.wants_what[ts]
-        if ts.state == "erred":
-            self.send(cs.id, "key-erred", ts.key, want, ts.exception, ts.text)
-        elif ts.state == "memory":
+        if cs is self.keeper and ts.state in ("memory", "erred"):
+            self.let_go(cs, ts)
+        elif ts.state == "erred":
+            self.send(cs.id, "key-erred", ts.key, want, *ts.error)
+        elif ts.state == "memory" and ts.who_has and not ts.copying:
             news = (ts.attempt, ts.nbytes, ts.type, self.holders(ts), ts.value)
             self.send(cs.id, "key-in-memory", ts.key, want, *news)
 
@@ -1118,33 +1591,45 @@ class SchedulerMind(Mind):
             self.validate_worker(ws)
         # S1. Every relation is known on both sides, and between records that are in the tables.
         check_transposes(tasks, "dependencies", tasks, "dependents")
-        check_transposes(tasks, "who_wants", self.clients.values(), "wants_what")
+        check_transposes(tasks, "who_wants", [*self.clients.values(), self.keeper], "wants_what")
         check_transposes(tasks, "who_has", workers, "has_what")
         # S2. Every table holds what its name says, and nothing else.
         queues = [self.queue, *(ws.queue for ws in workers)]
         assert all(ts.queue is queue for queue in queues for ts in queue)
         assert sum(map(len, queues)) == sum(ts.queue is not None for ts in tasks)
         assert set(self.unrunnable) == {ts for ts in tasks if ts.state == "no-worker"}
+        assert set(self.crowded) == {ws for ws in workers if ws.queue}
         assert all(self.tasks[ts.key] is ts for ts in tasks)
-        # S3. No worker is free for what waits in the common queue; no-worker means that.
-        assert not self.queue or not (self.by_load[EMPTY] or self.by_load[FREE])
-        assert not self.unrunnable or not self.workers
+        called = {(alias, ws) for alias, some in self.called.items() for ws in some}
+        staying = [ws for ws in workers if ws.leaving is None]
+        assert called == {(alias, ws) for ws in staying for alias in ws.aliases()}
+        # S3. No worker is free for what waits in the common queue; and only who may not run
+        # anywhere has no worker.
+        head = self.queue.peek()
+        assert head is None or self.least_loaded(self.most_load(head)) is None, head
+        assert all(not staying or self.allowed(ts) == {} for ts in self.unrunnable)
 
     def validate_task(self, ts):
         # T1. A field owned by a state is set in exactly that state.
         owners = {"who_has": "memory", "processing_on": "processing", "waiting_on": "waiting"}
-        for field, state in owners.items():
+        for field, state in (owners | {"error": "erred"}).items():
             assert bool(getattr(ts, field)) == (ts.state == state), ts
         assert (ts.queue is not None) == (ts.state == "queued"), ts
-        assert bool(ts.exception or ts.text) == (ts.state == "erred") and not ts.value, ts
-        assert bool(ts.attempt) == (ts.state in ("processing", "memory")), ts
+        assert bool(ts.attempt) == (ts.state in ("processing", "memory")) and not ts.value, ts
+        assert ts.state == "memory" or not (ts.copying or ts.stuck), ts
         # T2. What nobody needs is not kept; what somebody needs is not left undone.
         assert bool(ts.who_wants or ts.waiters) == (ts.state != "released"), ts
-        assert ts.state != "released" or ts.dependents, ts
-        # T3. It waits in the queue of a worker exactly if it has inputs.
-        assert ts.queue is None or bool(ts.queue.worker) == bool(ts.dependencies), ts
+        assert ts.state != "released" or (ts.dependents and ts.run_spec), ts
+        # T3. Data has no inputs; until it is in memory, who wants it can give it.
+        assert ts.run_spec or not ts.dependencies, ts
+        assert {*ts.givers} <= {*ts.who_wants}, ts
+        assert not ts.givers or ts.state in ("processing", "no-worker"), ts
         if ts.state == "processing":
-            assert self.workers[ts.processing_on.id].processing[ts.attempt][0] is ts, ts
+            ws = ts.processing_on
+            here = ws.processing[ts.attempt][0] if ts.run_spec else ws.arriving[ts.attempt]
+            assert here is ts and self.workers[ws.id] is ws, ts
+        assert all(ws.arriving[attempt] is ts for attempt, ws in dict(ts.copying).items()), ts
+        assert ts.queue is None or ts.queue.worker or not ts.dependencies, ts
         for dependency in ts.dependencies:
             # T4. A task is a waiter of its dependencies exactly while it is unfinished.
             assert (ts in dependency.waiters) == (ts.state in UNFINISHED), ts
@@ -1161,12 +1646,19 @@ class SchedulerMind(Mind):
         assert ws.occupancy == sum(durations) + sum(ts.estimate_us for ts in ws.queue), ws
         assert ws.short_us == sum(d for d in durations if d <= ROOM_US), ws
         assert ws.long == sum(d > ROOM_US for d in durations), ws
-        assert (ws.load == EMPTY) == (not ws.processing), ws
-        assert (ws.load <= FREE) == (len(ws.processing) < ws.nthreads), ws
-        # W2. No thread is idle while something waits for it.  (Room for a further, short one may
-        # go unnoticed for a while, when it is another worker that measures how short it is.)
-        assert not ws.queue or ws.load > FREE, ws
-        assert [ws in group for group in self.by_load] == [i == ws.load for i in range(4)], ws
+        assert (ws.load == LEAVING) == (ws.leaving is not None), ws
+        assert (ws.load == EMPTY) == (not ws.processing and ws.leaving is None), ws
+        assert not ws.alone or (ws.load >= FULL and ws.alone in ws.processing), ws
+        assert [ws in group for group in self.by_load] == [i == ws.load for i in range(5)], ws
+        # W2. What arrives is a put or a copy; what is handed over is here, and being copied.
+        for attempt, ts in ws.arriving.items():
+            assert attempt in ts.copying or (ts.attempt == attempt and ts.processing_on is ws), ws
+        assert all(ts in ws.has_what and ts.copying for ts in ws.leaving or ()), ws
+        # W3. No thread is idle while something waits for it, but for a suspect to run alone.
+        # (Room for a further, short one may go unnoticed for a while, when it is another worker
+        # that measures how short it is.)
+        heads = [ts for ts in (ws.queue.peek(), self.queue.peek()) if ts]
+        assert not ws.queue or ws.load > FREE or any(ts.suspect for ts in heads), ws
 
 
 def link(one, field, other, transpose):
@@ -1187,9 +1679,15 @@ def check_transposes(some, field, others, transpose):
 # Which attempts this worker has, which values it fetches and holds.  It may use chapter 1.
 
 
+LATE_US = 10_000  # what has been ready for so long, and has not begun, goes back
+
+
 @dataclass(eq=False, slots=True)
 class Attempt:
-    """One try to compute a task here.  Several may bear one key; their numbers differ."""
+    """One try to compute a task here.  Several may bear one key; their numbers differ.
+
+    One without a ``run_spec`` is there for its input: to hold a copy of it.
+    """
 
     number: int
     key: "str | tuple"
@@ -1201,6 +1699,7 @@ class Attempt:
     state: str = "waiting"
     # Non-empty in "waiting" only: the inputs that are not here.
     waiting_for: "dict[tuple, None] | tuple[()]" = ()
+    ready_us: int = 0  # since when it has been known to be ready
     # What it has to be whatever its inputs: "executing" when a thread has taken it, and then how
     # it ends ("finished", "erred", "returned"), with the fields of the message that says so.
     fate: str = ""
@@ -1223,6 +1722,7 @@ class WorkerMind(FetchingMind):
         self.data = {}  # an ordered set of (key, attempt): the values held; the body has them
         self.needed_by = {}  # {(key, attempt): ordered set of Attempts that have not started}
         self.ready = Queue()  # attempts that a thread can begin
+        self.leaving = False
 
     def stimulus_compute_task(self, peer, key, attempt, name, run_spec, places, order, wanted):
         """[7] The scheduler sends an attempt: fetch its inputs, then it is ready."""
@@ -1234,6 +1734,8 @@ class WorkerMind(FetchingMind):
             self.needed_by.setdefault(value, {})[new] = None
         for value in list(new.waiting_for):
             self.need(value, inputs[value])
+        if self.leaving or not (run_spec or new.waiting_for):
+            self.give_back(new)
         self.mark(new)
         self.settle()
 
@@ -1244,6 +1746,38 @@ class WorkerMind(FetchingMind):
             self.decree(attempt, "executing")
             self.settle()
         return attempt
+
+    def stimulus_give_back(self, peer, attempts):
+        """The scheduler does not need these any more; those that have begun run to their end."""
+        for attempt in [self.attempts.get(number) for number in attempts]:
+            if attempt is not None and attempt.state != "executing":
+                self.give_back(attempt)
+        self.settle()
+
+    def stimulus_time_passes(self, now_us):
+        """What has been ready for too long, behind something that takes long, goes back.
+
+        Only its thread could have told the scheduler that what runs was expected to be short.
+        """
+        for attempt in self.ready:
+            attempt.ready_us = attempt.ready_us or now_us
+            if now_us - attempt.ready_us >= LATE_US:
+                self.give_back(attempt)
+        self.settle()
+
+    def stimulus_leave(self):
+        """This worker has to go: what has not begun goes back, and nothing new is taken."""
+        self.leaving = True
+        for attempt in self.attempts.values():
+            if attempt.state != "executing":
+                self.give_back(attempt)
+        self.settle()
+        self.send(SCHEDULER, "leave")
+
+    def stimulus_put_data(self, client, key, attempt, value):
+        """A client puts data here; the body has stored it."""
+        self.data[key, attempt] = None
+        self.send_name(SCHEDULER, "add-keys", (key, attempt))
 
     def stimulus_finished(self, number, nbytes, type, duration_us, value):
         """[10] A thread has a result.  ``value`` are its frames, if it is to ride along."""
@@ -1264,7 +1798,7 @@ class WorkerMind(FetchingMind):
             # Normal for an attempt that was abandoned, or whose input was struck: without its
             # input it goes back to be placed again.
             for attempt in self.needed_by.get(name, ()):
-                self.decree(attempt, "returned", [])
+                self.give_back(attempt)
         self.settle()
 
     def arrived(self, name, ok, value):
@@ -1275,13 +1809,18 @@ class WorkerMind(FetchingMind):
         for attempt in self.needed_by.get(name, ()):
             attempt.waiting_for.pop(name, None)
             self.mark(attempt)
-            if not ok:
+            if not attempt.run_spec:
+                self.give_back(attempt)  # A copy: there is nothing to run.
+            elif not ok:
                 self.decree(attempt, "erred", value)
 
     def missed(self, name, misses):
         """No holder gave this value: the attempts that need it go back, and say so."""
         for attempt in self.needed_by.get(name, ()):
             self.decree(attempt, "returned", [*(attempt.told or [[]])[0], (*name, misses)])
+
+    def give_back(self, attempt):
+        self.decree(attempt, "returned", [])
 
     def decree(self, attempt, fate, *told):
         attempt.fate, attempt.told = fate, told
@@ -1456,7 +1995,7 @@ class Connection:
 
     def flush(self):
         """Write one batch; if it is large, or the peer is slow, in a task."""
-        if not self.outbox or self.writer.is_closing():
+        if not self.outbox or not self.writer or self.writer.is_closing():
             return
         batch = self.outbox[: LIMITS["batch_messages"]]
         del self.outbox[: len(batch)]
@@ -1831,7 +2370,9 @@ class Body:
         return task
 
     async def stop(self):
-        """Cancel its tasks, and wait until they are gone."""
+        """Send what waits; cancel its tasks, and wait until they are gone."""
+        for link in self.links.values():
+            link.flush()
         others = [task for task in self.tasks if task is not asyncio.current_task()]
         for task in others:
             task.cancel()
@@ -1891,11 +2432,13 @@ class Body:
             if self.validating:
                 self.state.validate()
         for peer, message in outbox:
-            if peer not in self.links and peer != SCHEDULER:
+            if peer not in self.links and peer != SCHEDULER and self.role:
                 self.links[peer] = Connection()
                 self.start(self.reach(peer, self.links[peer]))
-            if peer in self.links:  # (The scheduler may be gone.)
+            if peer in self.links:  # Else it is gone, or never was: the fire-and-forget client.
                 self.links[peer].send(message)
+                if message["op"] == "refused":
+                    self.start(self.links[peer].close())
 
     async def reach(self, holder, connection):
         """A data connection to a holder of values, from when it is first needed until it breaks."""
@@ -1947,25 +2490,36 @@ async def reach_scheduler(address, role, timeout):
 class Scheduler(Body):
     """Runs a SchedulerMind.
 
-    ``host`` and ``port`` say where it listens; port 0 is any that is free.  An
-    ``async with`` starts and closes it.  ``address`` is what workers and clients connect to,
-    ``state`` the mind.
+    ``host`` and ``port`` say where it listens; port 0 is any that is free.  A worker that gives no
+    sign of life for ``worker_ttl`` seconds is dead.  An ``async with`` starts and closes it.
+    ``address`` is what workers and clients connect to, ``state`` the mind.
     """
 
     role_when_called = "scheduler"
 
-    def __init__(self, host="127.0.0.1", port=0):
-        super().__init__(SchedulerMind(first_attempt=time.time_ns() // 1000))
-        self.host, self.port = host, port
+    def __init__(self, host="127.0.0.1", port=0, worker_ttl=30):
+        ttl_us = int(seconds(worker_ttl) * 1_000_000)
+        super().__init__(SchedulerMind(first_attempt=time.time_ns() // 1000, ttl_us=ttl_us))
+        self.host, self.port, self.worker_ttl = host, port, seconds(worker_ttl)
+        self.watched = {}  # {worker's name: a task that ends with how its process ended}
+        self.ended = asyncio.Event()
 
     async def __aenter__(self):
         await self.listen(self.host, self.port)
+        self.start(self.tell_time())
         return self
 
     async def close(self):
         """Hang up on everybody.  Workers end, and clients' pending futures are cancelled."""
         self.server.close()
         await self.stop()
+        self.ended.set()
+
+    async def tell_time(self):
+        while True:
+            self.state.stimulus_time_passes(time.monotonic_ns() // 1000)
+            self.flush()
+            await asyncio.sleep(self.worker_ttl / 4)
 
     async def serve(self, connection):
         """One peer, from when it registers until it leaves."""
@@ -1974,21 +2528,44 @@ class Scheduler(Body):
         if peer is None or peer in self.links:
             raise ProtocolError(f"a {connection.peer} that does not register, or is here already")
         logger.info("%s joined", peer)
+        how = ["connection lost"] if connection.peer == "worker" else []
+        exit = self.watched.get(batch[0].get("name")) if how else None
         try:
             await self.follow(peer, connection, batch)
+            if exit and peer in self.state.workers:
+                # Its parent knows better how it was lost, and will very soon.
+                with contextlib.suppress(TimeoutError):
+                    how = [await asyncio.wait_for(asyncio.shield(exit), 5)]
         finally:
-            logger.info("%s left", peer)
-            getattr(self.state, f"stimulus_{connection.peer}_left")(peer)
+            logger.info("%s left", " ".join([peer, *how]))
+            how = [f"{text} at {time.strftime('%H:%M:%S')}" for text in how]
+            getattr(self.state, f"stimulus_{connection.peer}_left")(peer, *how)
             self.flush()
 
     def take(self, peer, op, fields):
         known = peer in self.state.workers or peer in self.state.clients
-        if known == op.startswith("register-"):
-            raise ProtocolError(f"{op} at the wrong time")
+        if op.startswith("register-"):
+            if known:
+                raise ProtocolError(f"{op} a second time")
+        elif not known:
+            return  # It was refused or declared dead, or said good-bye: it is being hung up on.
         super().take(peer, op, fields)
+        if op == "shutdown":
+            self.ended.set()
 
 
 # ---- 8. Worker: executor threads, peer-to-peer transfers ----
+
+
+WORKER = contextvars.ContextVar("the worker whose task this is")
+
+
+def get_worker():
+    """The Worker that runs the task from which this is called.  Raises ValueError elsewhere."""
+    try:
+        return WORKER.get()
+    except LookupError:
+        raise ValueError("get_worker() is for tasks: no worker runs this") from None
 
 
 class Packed:
@@ -2017,7 +2594,8 @@ class Worker(Body):
         self.lock = threading.Condition()  # Threads take attempts; they wait for a ready one.
         self.store = {}  # {(key, attempt): value or Packed}
         self.done = deque()  # (stimulus, its arguments, result): what threads hand back
-        self.waking = self.closed = False
+        self.waking = self.ticking = self.closed = False
+        self.dismissed = False  # The scheduler said good-bye.
 
     async def __aenter__(self):
         """Connect, listen where the scheduler was reached from, register, start the threads."""
@@ -2032,11 +2610,24 @@ class Worker(Body):
         if first["op"] == "refused":
             await self.close()
             raise ValueError(f"{self.scheduler_address}: {first['text']}")
+        self.start(self.give_signs_of_life(first["ttl_us"] / 4_000_000))
         for number in range(self.nthreads):
             name = f"minidist-{self.name}-{number}"
             threading.Thread(target=self.run_thread, name=name, daemon=True).start()
         self.finished = self.start(self.follow(SCHEDULER, self.scheduler, batch))
         return self
+
+    async def give_signs_of_life(self, interval_seconds):
+        while True:
+            self.scheduler.send({"op": "heartbeat"})
+            await asyncio.sleep(interval_seconds)
+
+    async def leave(self):
+        """Hand over what exists nowhere else, and go.  Running tasks are not waited for."""
+        with self.lock:
+            self.state.stimulus_leave()
+        self.flush()
+        await asyncio.wait([self.finished])
 
     async def close(self):
         """Leave at once.  Running tasks are not waited for; nothing is handed over."""
@@ -2055,11 +2646,15 @@ class Worker(Body):
 
     def take(self, peer, op, fields):
         """What the mind wants to hold is stored, and what it is told to free is not any more."""
+        if op == "goodbye":
+            self.dismissed = True
+            self.scheduler.hang_up()
+            return
         super().take(peer, op, fields)
         if op == "free-keys":
             for name in fields["names"]:
                 del self.store[name]
-        elif op == "data":
+        elif op in ("data", "put-data"):
             name = (fields["key"], fields["attempt"])
             if name in self.state.data and name not in self.store:
                 self.store[name] = Packed(fields["value"])
@@ -2068,6 +2663,15 @@ class Worker(Body):
         super().flush()
         with self.lock:
             self.lock.notify(len(self.state.ready))
+            if self.state.ready and not self.ticking:
+                self.ticking = self.loop.call_later(LATE_US / 1_000_000, self.tick)
+
+    def tick(self):
+        """Time matters to the mind only while something is ready."""
+        self.ticking = False
+        with self.lock:
+            self.state.stimulus_time_passes(time.monotonic_ns() // 1000)
+        self.flush()
 
     # Threads.
 
@@ -2076,6 +2680,7 @@ class Worker(Body):
 
         What they made is handed back by way of a deque: one wake-up of the loop for many.
         """
+        WORKER.set(self)
         while True:
             with self.lock:
                 while not self.closed and not self.state.ready:
@@ -2102,6 +2707,10 @@ class Worker(Body):
                 raise RuntimeError(f"{text}: {type(error).__name__}: {error}") from error
             start = time.perf_counter_ns()
             result = func(*args, **kwargs)
+            if asyncio.iscoroutine(
+                result
+            ):  # It runs in the loop; its thread is taken all the same.
+                result = asyncio.run_coroutine_threadsafe(self.run(result), self.loop).result()
             duration_us = (time.perf_counter_ns() - start) // 1000
             nbytes, value = sizeof(result), ()
         except BaseException as error:
@@ -2135,20 +2744,45 @@ class Worker(Body):
                 del told, stored
         self.flush()
 
+    async def run(self, coroutine):
+        return await self.start(coroutine)
+
     # Data connections.
 
     async def serve(self, connection):
         """A peer's or client's data connection: give it the values that it asks for."""
         while True:
             for message in await connection.receive():
-                if message["op"] != "get-data":
-                    raise ProtocolError(f"{message['op']} on a data connection")
-                for name in message["names"]:
+                op = message.pop("op")
+                if op == "put-data":
+                    with self.lock:
+                        self.take(connection.peer, op, message)
+                    self.flush()
+                elif op == "run":
+                    self.start(self.answer_run(connection, **message))
+                elif op != "get-data":
+                    raise ProtocolError(f"{op} on a data connection")
+                for name in message.get("names", ()):
                     status, value = await self.give(name)
                     answer = dict(op="data", key=name[0], attempt=name[1], status=status)
                     connection.send(answer | {"value": value})
                     if connection.writing:  # Who asks sets the pace.
                         await connection.writing
+
+    async def answer_run(self, connection, number, run_spec):
+        """Run a function outside of the task system, for Client.run."""
+        try:
+            WORKER.set(self)
+            func, args, kwargs = await asyncio.to_thread(load_call, run_spec, {})
+            if "dask_worker" in inspect.signature(func).parameters:
+                kwargs["dask_worker"] = self
+            result = await asyncio.to_thread(func, *args, **kwargs)
+            if asyncio.iscoroutine(result):
+                result = await result
+            status, value = "ok", dumps(result)
+        except BaseException as error:
+            status, value = "error", pack_exception(error, skip=3)
+        connection.send(dict(op="ran", number=number, status=status, value=value))
 
     async def give(self, name):
         """("ok", frames), ("missing", ()), or ("error", frames of the exception)."""
@@ -2164,7 +2798,7 @@ class Worker(Body):
             return "error", pack_exception(TypeError(text))
 
 
-# ---- 9. Client: Future, Client, wait ----
+# ---- 9. Client: Future, Client, as_completed, wait, fire_and_forget ----
 #
 # A user's thread, and ``Future.__del__`` in any thread at any moment of the garbage collector,
 # only append an entry to the client's inbox, and wake its loop if it sleeps; that append is the
@@ -2175,14 +2809,18 @@ class CancelledError(concurrent.futures.CancelledError):
     """This future will never have a result; the message says why."""
 
 
+class KilledWorker(Exception):
+    """A task was alone on several workers when they died; the message says which, when and how."""
+
+
 ALL_COMPLETED, FIRST_COMPLETED = "ALL_COMPLETED", "FIRST_COMPLETED"
 FIRST_EXCEPTION = "FIRST_EXCEPTION"
 DoneAndNotDoneFutures = namedtuple("DoneAndNotDoneFutures", "done not_done")
-RESERVED = "resources retries workers allow_other_workers actor fifo_timeout batch_size".split()
+RESERVED = ("resources", "actor", "fifo_timeout")  # options of dask's that are not built
 
 
 class Future:
-    """The result of a task that may not have run yet.  Made by ``Client.submit`` and ``map``.
+    """The result of a task that may not have run yet.  Made by ``submit``, ``map``, ``scatter``.
 
     The result is kept on the cluster while one of its futures lives.
     """
@@ -2194,16 +2832,28 @@ class Future:
         self._state = None  # the FutureState, as soon as the client's loop has read its inbox
         self._live = [None]  # popped once, by whoever releases it: list.pop is atomic
 
+    def _known(self):
+        if self._state is None:
+            self.client._in_loop(self.client._catch_up())
+        return self._state
+
     @property
     def status(self):
         """ "pending", "finished", "error" or "cancelled"."""
-        if self._state is None:
-            self.client._in_loop(self.client._catch_up())
-        return self._state.status
+        return self._known().status
+
+    @property
+    def type(self):
+        """The name of the result's type, when it is finished; else None."""
+        # dask: the type itself.  Here it may be one that this process cannot import.
+        return self._known().type if self.status == "finished" else None
 
     def done(self):
         """Whether it is finished, erred or cancelled."""
         return self.status != "pending"
+
+    def cancelled(self):
+        return self.status == "cancelled"
 
     def _get(self, read, timeout, value=False):
         return self.client._wait_for([self], lambda: read(self._state), timeout, value)
@@ -2223,6 +2873,31 @@ class Future:
     def traceback(self, timeout=None):
         """Wait; return the traceback of ``exception()``: its frames name the worker's code."""
         return self._get(lambda state: getattr(failure(state), "__traceback__", None), timeout)
+
+    def cancel(self):
+        """As ``Client.cancel``."""
+        return self.client.cancel([self])
+
+    def retry(self):
+        """As ``Client.retry``."""
+        return self.client.retry([self])
+
+    def add_done_callback(self, function):
+        """Call ``function(future)`` in a thread for callbacks, as soon as it is done.
+
+        What it raises is logged.
+        """
+
+        def call():
+            try:
+                function(self)
+            except Exception:
+                logger.exception("A callback of %r failed", self)
+
+        def watch():
+            self.client._watch(self._state, lambda state: CALLBACKS.submit(call))
+
+        self.client._post(watch)
 
     def release(self):
         """Let the result go, as if this object were deleted.  Twice is harmless."""
@@ -2257,12 +2932,15 @@ class Future:
         return f"<Future: {status},{kind} key: {self.key}>"
 
 
+CALLBACKS = concurrent.futures.ThreadPoolExecutor(1, "minidist-callbacks")
+
+
 def settled(state, value=False):
     """Whether nothing more will come for it (``value``: and its value is here)."""
     return bool(state.value) if value and state.status == "finished" else state.status != "pending"
 
 
-def failed(state, *_):
+def failed(state):
     return state.status in ("error", "cancelled") and not state.value
 
 
@@ -2286,7 +2964,9 @@ def failure(state):
         raise CancelledError(f"{state.key!r}: {state.text}")
     if state.status != "error":
         return None
-    return unpack_exception(state.exception) if state.exception else ConnectionError(state.text)
+    if state.exception:
+        return unpack_exception(state.exception)
+    return (KilledWorker if state.type == "KilledWorker" else ConnectionError)(state.text)
 
 
 def seconds(timeout):
@@ -2300,54 +2980,24 @@ def seconds(timeout):
     return float(match[1]) * units[match[2]]
 
 
-class Client(Body):
-    """Submits calls to a cluster.
+class Threaded:
+    """What lives in the running loop, or (synchronous) in a loop and a thread of its own."""
 
-    ``address`` is the scheduler's ("HOST:PORT"), tried again for ``timeout`` seconds.  As a
-    context manager it closes itself.  With ``asynchronous=True`` it lives in the running event
-    loop: use ``async with`` (or ``await`` it); methods that wait return awaitables, and futures
-    can be awaited.  Otherwise its own loop runs in a thread, so that it works in notebooks.
-    Raises OSError if no scheduler is there, PermissionError if it refuses us.
-    """
+    def _live(self, asynchronous):
+        self.asynchronous = asynchronous
+        if asynchronous:
+            return
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        try:
+            self._run(self.__aenter__())
+        except BaseException:
+            self._stop_loop()
+            raise
 
-    role = "client"
-
-    def __init__(self, address=None, *, timeout=10, asynchronous=False, name=None):
-        if address is None:
-            raise TypeError("Client needs the scheduler's address, like Client('127.0.0.1:8786')")
-        super().__init__(ClientMind())
-        split_address(address)
-        self.asynchronous, self.name = asynchronous, name
-        self._address, self._timeout = address, seconds(timeout)
-        self._inbox = deque()  # (function, *arguments), to be called in the loop
-        self._waking = False
-        self._watchers = {}  # {FutureState: [called when it changes]}
-        self._scheduler = None  # the Connection
-        # The exception type and words that new calls get, before it is connected and at its end.
-        self._refusal = (RuntimeError, "this client is not connected: await it first")
-        self._pid = os.getpid()
-        if not asynchronous:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-            self._thread.start()
-            try:
-                asyncio.run_coroutine_threadsafe(self.__aenter__(), self._loop).result()
-            except BaseException:
-                self._stop_loop()
-                raise
-
-    # Life.
-
-    async def __aenter__(self):
-        if self._scheduler is None:
-            self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
-            self._scheduler = await reach_scheduler(self._address, self.role, self._timeout)
-            self.id = f"{self.name or 'client'}-{unique()[:8]}"
-            self._scheduler.send({"op": "register-client", "id": self.id, "wants": []})
-            _, *batch = await self._scheduler.receive()
-            self._refusal, self.links[SCHEDULER] = None, self._scheduler
-            self.start(self._listen(batch))
-        return self
+    async def __aexit__(self, *_):
+        await self._close()
 
     def __await__(self):
         return self.__aenter__().__await__()
@@ -2359,24 +3009,124 @@ class Client(Body):
         self.close()
 
     def close(self, timeout=None):
-        """Let go of everything.  Pending futures are cancelled; twice is harmless."""
+        """End it, and what belongs to it.  Twice is harmless."""
         if self.asynchronous:
             return self._close()
         if self._loop.is_running():
-            self._in_loop(self._close(), seconds(timeout))
+            self._run(self._close(), seconds(timeout))
             self._stop_loop()
-
-    async def _close(self):
-        if self._scheduler is not None:
-            await self._catch_up()
-            self._end(RuntimeError, "this client is closed")
-            await self.stop()
-            await self._scheduler.close()
 
     def _stop_loop(self):
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def _run(self, coroutine, timeout=None):
+        """Run in the loop: an awaitable, or (synchronous) wait for it here."""
+        if self.asynchronous:
+            return coroutine
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeError("a synchronous client's own loop cannot wait for it: deadlock")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(timeout)
+        except BaseException:
+            future.cancel()
+            raise
+
+
+class Client(Threaded, Body):
+    """Submits calls to a cluster.
+
+    ``address`` is the scheduler's ("HOST:PORT"), or a LocalCluster; it is tried again for
+    ``timeout`` seconds.  Without one, a LocalCluster with the ``cluster_options`` is started, and
+    ends with the client.  As a context manager it closes itself.  With ``asynchronous=True`` it
+    lives in the running event loop: use ``async with`` (or ``await`` it); methods that wait return
+    awaitables, and futures can be awaited.  Otherwise its own loop runs in a thread, so that it
+    works in notebooks.  Raises OSError if no scheduler is there, PermissionError if it refuses us.
+    """
+
+    role = "client"
+    _instances = []  # those that are open, and may be the current one
+
+    def __init__(
+        self,
+        address=None,
+        *,
+        timeout=10,
+        asynchronous=False,
+        name=None,
+        set_as_default=True,
+        **options,
+    ):
+        super().__init__(ClientMind())
+        self.cluster = LocalCluster(asynchronous=True, **options) if address is None else None
+        if address is not None and options:
+            raise TypeError(f"{', '.join(options)}: for a new cluster, not for one that is there")
+        self._address = getattr(address, "address", address)
+        if self._address is not None:
+            split_address(self._address)
+        self.name, self._timeout, self._set_as_default = name, seconds(timeout), set_as_default
+        self._inbox = deque()  # (function, *arguments), to be called in the loop
+        self._waking = False
+        self._watchers = {}  # {FutureState: {called once it is settled: whether with its value}}
+        self._answers = {}  # {number of a question: (who was asked, asyncio.Future)}
+        self._numbers = count()
+        self._scheduler = None  # the Connection
+        # The exception type and words that new calls get, before it is connected and at its end.
+        self._refusal = (RuntimeError, "this client is not connected: await it first")
+        self._pid = os.getpid()
+        self._live(asynchronous)
+
+    # Life.
+
+    async def __aenter__(self):
+        if self._scheduler is None:
+            self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
+            if self.cluster:
+                await self.cluster
+                self._address = self.cluster.address
+            self._scheduler = await reach_scheduler(self._address, self.role, self._timeout)
+            self.id = f"{self.name or 'client'}-{unique()[:8]}"
+            self._scheduler.send({"op": "register-client", "id": self.id, "wants": []})
+            _, *batch = await self._scheduler.receive()
+            self._refusal, self.links[SCHEDULER] = None, self._scheduler
+            self.start(self._listen(batch))
+            if self._set_as_default:
+                Client._instances.append(self)
+        return self
+
+    @classmethod
+    def current(cls):
+        """The client that was opened last.  Raises ValueError if none is open."""
+        if not cls._instances:
+            raise ValueError("there is no client: make one with Client()")
+        return cls._instances[-1]
+
+    async def _close(self):
+        if self in Client._instances:
+            Client._instances.remove(self)
+        if self._scheduler is not None:
+            await self._catch_up()
+            self._end(RuntimeError, "this client is closed")
+            await self.stop()
+            await self._scheduler.close()
+        if self.cluster:
+            await self.cluster._close()
+
+    def shutdown(self):
+        """End the whole cluster, and close."""
+
+        async def shut_down():
+            self._scheduler.send({"op": "shutdown"})
+            self._scheduler.flush()
+            await self._close()
+
+        if self.asynchronous:
+            return shut_down()
+        self._run(shut_down())
+        self.close()
 
     async def _listen(self, batch):
         """The scheduler's stream, until it ends."""
@@ -2387,26 +3137,57 @@ class Client(Body):
         self._refusal = (kind, text)
         self.state.stimulus_scheduler_left(text)
         self.flush()
+        self._fail_questions(None, kind, text)
 
     def take(self, peer, op, fields):
         if op == "warning":
             logger.warning("%s", fields["text"])
+        elif op in ("answer", "ran"):
+            number, *answer = fields.values()
+            self._answers.pop(number)[1].set_result(answer)
         else:
             super().take(peer, op, fields)
+
+    async def reach(self, holder, connection):
+        await super().reach(holder, connection)
+        self._fail_questions(holder, ConnectionError, f"{holder} is gone")
+
+    def _fail_questions(self, peer, kind, text):
+        """Nobody will answer what was asked of a peer (None: of anybody)."""
+        for number, (asked, answer) in list(self._answers.items()):
+            if peer in (None, asked):
+                del self._answers[number]
+                answer.set_exception(kind(text))
 
     def flush(self):
         """Send what the mind has in its outbox; wake who waits for what it has news of."""
         super().flush()
         news, self.state.news = self.state.news, []
         for state in news:
-            for watcher in list(self._watchers.get(state, ())):
-                watcher(state)
+            for called, value in list(self._watchers.get(state, {}).items()):
+                if settled(state, value):
+                    self._unwatch(state, called)
+                    called(state)
+
+    def _watch(self, state, called, value=False):
+        """Call ``called(state)`` once it is settled, which may be now."""
+        if settled(state, value):
+            called(state)
+        else:
+            self._watchers.setdefault(state, {})[called] = value
+
+    def _unwatch(self, state, called):
+        self._watchers[state].pop(called, None)
+        if not self._watchers[state]:
+            del self._watchers[state]
 
     # The inbox.
 
     def _post(self, *entry):
         self._inbox.append(entry)
-        if not self._waking:
+        if self.asynchronous and threading.get_ident() == self._loop_thread:
+            self._drain()
+        elif not self._waking:
             self._waking = True
             with contextlib.suppress(RuntimeError):  # The loop is closed: nobody cares.
                 self._loop.call_soon_threadsafe(self._drain)
@@ -2427,25 +3208,24 @@ class Client(Body):
         while self._inbox:
             self._drain()
 
+    def _act(self, stimulus, futures, *arguments):
+        """Give the mind a stimulus about futures, after all that was posted before."""
+        self._check_own(futures)
+
+        async def act():
+            await self._catch_up()
+            getattr(self.state, stimulus)([future._state for future in futures], *arguments)
+            self.flush()
+
+        return self._run(act())
+
     # Calls that wait.
 
-    def _in_loop(self, coroutine, timeout=None):
-        """Run in the loop of a synchronous client, and wait for it here."""
-        if threading.get_ident() == self._loop_thread:
-            coroutine.close()
-            raise RuntimeError("a synchronous client's own loop cannot wait for it: deadlock")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result(timeout)
-        except BaseException:
-            future.cancel()
-            raise
+    def _wait_for(self, futures, finish, timeout=None, value=False, enough=lambda state: False):
+        """Wait until futures are settled (``value``: and are here), or ``enough(one of them)``.
 
-    def _wait_for(self, futures, finish, timeout=None, value=False, enough=lambda state, left: 0):
-        """Wait until futures are settled (``value``: and are here), or until
-        ``enough(state, those that are left)``; then call ``finish()``.
-
-        It is called in the caller's thread, so that errors show little but the caller's frames.
+        Then ``finish()`` is called, in the caller's thread, so that errors show little but the
+        caller's frames.
         """
         timeout = seconds(timeout)
         if self.asynchronous:
@@ -2457,62 +3237,60 @@ class Client(Body):
             return wait_then_finish()
         # Without a trip to the loop if nothing is to be waited for.
         if not all(future._state and settled(future._state, value) for future in futures):
-            self._in_loop(self._settle(futures, timeout, value, enough))
+            self._run(self._settle(futures, timeout, value, enough))
         return finish()
 
-    async def _settle(self, futures, timeout, value, enough):
+    async def _settle(self, futures, timeout=None, value=False, enough=lambda state: False):
         await self._catch_up()
-        states = {future._state: None for future in futures}
-        left = {state: None for state in states if not settled(state, value)}
-        ready = self._loop.create_future()
+        left = {future._state: None for future in futures}
+        total, ready = len(left), self._loop.create_future()
 
-        def changed(state):
-            if state in left and settled(state, value):
-                del left[state]
-                if (not left or enough(state, left)) and not ready.done():
-                    ready.set_result(None)
+        def over(state):
+            del left[state]
+            if (not left or enough(state)) and not ready.done():
+                ready.set_result(None)
 
-        if not left or any(enough(state, left) for state in states if state not in left):
-            return
-        watched = list(left)
-        for state in watched:
-            self._watchers.setdefault(state, []).append(changed)
+        for state in list(left):
+            self._watch(state, over, value)
         if value:
-            self.state.stimulus_ask(watched)
+            self.state.stimulus_ask(left)
             self.flush()
         try:
             async with asyncio.timeout(timeout):
-                await ready
+                if left:
+                    await ready
         except TimeoutError:
-            text = f"{len(left)} of {len(states)} futures are not done after {timeout} s"
+            text = f"{len(left)} of {total} futures are not done after {timeout} s"
             raise TimeoutError(text) from None
         finally:
-            for state in watched:
-                self._watchers[state].remove(changed)
-                if not self._watchers[state]:
-                    del self._watchers[state]
+            for state in left:
+                self._unwatch(state, over)
 
-    # The calls of the API.
+    # Submitting.
 
-    def submit(self, func, *args, key=None, pure=True, priority=0, **kwargs):
+    def submit(self, func, *args, key=None, pure=True, **kwargs):
         """[1] Call ``func(*args, **kwargs)`` on the cluster; return a Future at once.
 
         Futures at any depth of the arguments become their values.  ``pure`` calls that are equal
         share a key, and run once while a future of theirs lives; ``key`` names the task instead.
-        Of two tasks that can run, the one of higher ``priority`` goes first.
-        Raises TypeError for what cannot be pickled.
+        Of two tasks that can run, the one of higher ``priority`` (0) goes first.  ``workers``
+        names those that may run it (an address, a host, a name, or a list of them; others too
+        while there is none of these if ``allow_other_workers``).  After an exception it is tried
+        again up to ``retries`` times.  Raises TypeError or ValueError for what cannot be pickled,
+        or for a bad option.
         """
-        self._check(func, kwargs, priority)
+        options = self._options(func, kwargs)
         key = check_key(key) if key is not None else None
-        return self._submit(dump_function(func), args, kwargs, key, pure, priority)
+        return self._submit(dump_function(func), args, kwargs, key, pure, options)
 
-    def map(self, func, *iterables, key=None, pure=True, priority=0, **kwargs):
+    def map(self, func, *iterables, key=None, pure=True, batch_size=None, **kwargs):
         """Submit ``func`` for each tuple of items; return a list of Futures.
 
         It stops at the shortest iterable.  ``key`` is a prefix, or a list with a key for each;
-        ``kwargs`` go to every call.
+        the options of ``submit`` and all ``kwargs`` go to every call.  (``batch_size`` has no
+        effect: what is submitted travels in batches anyway.)
         """
-        self._check(func, kwargs, priority)
+        options = self._options(func, kwargs)
         if not iterables or any(isinstance(iterable, Future) for iterable in iterables):
             raise TypeError("map needs iterables to go over; gather a Future first")
         function = dump_function(func)
@@ -2528,25 +3306,41 @@ class Client(Body):
         if len(keys) != len(calls):
             raise ValueError(f"map got {len(keys)} keys for {len(calls)} calls")
         return [
-            self._submit(function, args, kwargs, key, pure, priority)
+            self._submit(function, args, kwargs, key, pure, options)
             for args, key in zip(calls, keys, strict=True)
         ]
 
-    def _check(self, func, kwargs, priority):
-        """What both ``submit`` and ``map`` refuse."""
+    def _options(self, func, kwargs):
+        """Take the options of a task out of ``kwargs``: (priority, workers, loose, retries)."""
+        self._check_open()
+        if not callable(func):
+            raise TypeError(f"the first argument must be callable, {func!r:.80} is not")
+        for option in RESERVED:
+            if option in kwargs:
+                raise TypeError(f"the option {option}= is not built yet")
+        priority, retries = kwargs.pop("priority", 0), kwargs.pop("retries", None) or 0
+        loose, workers = kwargs.pop("allow_other_workers", False), kwargs.pop("workers", None)
+        for option, value in (("priority", priority), ("retries", retries)):
+            if type(value) is not int:
+                raise TypeError(f"{option}={value!r} is no whole number")
+        if retries < 0:
+            raise ValueError(f"retries={retries} is negative")
+        if loose and workers is None:
+            raise ValueError("allow_other_workers= without workers=: other than which?")
+        return priority, names_of(workers), bool(loose), retries
+
+    def _check_open(self):
         if self._refusal:
             raise self._refusal[0](self._refusal[1])
         if self._pid != os.getpid():
             raise RuntimeError("this client belongs to the parent process: make one of your own")
-        if not callable(func):
-            raise TypeError(f"the first argument must be callable, {func!r:.80} is not")
-        if type(priority) is not int:
-            raise TypeError(f"priority={priority!r} is no whole number")
-        for option in RESERVED:
-            if option in kwargs:
-                raise TypeError(f"the option {option}= is not built yet")
 
-    def _submit(self, function, args, kwargs, key, pure, priority):
+    def _check_own(self, futures):
+        for future in futures:
+            if future.client is not self:
+                raise ValueError(f"{future!r} belongs to another client")
+
+    def _submit(self, function, args, kwargs, key, pure, options):
         run_spec, futures = dump_call(function, args, kwargs)
         self._check_own(futures)
         if not all(future._live for future in futures):
@@ -2557,29 +3351,66 @@ class Client(Body):
         name = name_of(function[1])
         if key is None:
             key = pure_key(name, run_spec) if pure else f"{name}-{unique()}"
+        return self._begin(key, "submit", (name, run_spec), futures, options)
+
+    def _begin(self, key, stimulus, fields, futures, options):
         future = Future(key, self)
-        self._post(self._begin, future, name, run_spec, futures, priority)
-        if self.asynchronous and threading.get_ident() == self._loop_thread:
-            self._drain()
+
+        def begin():
+            inputs = ([input._state for input in futures],) if futures is not None else ()
+            begin = getattr(self.state, f"stimulus_{stimulus}")
+            future._state = begin(key, *fields, *inputs, *options)
+            if self._refusal:  # The scheduler was lost after the call.
+                self.state.stimulus_scheduler_left(self._refusal[1])
+
+        self._post(begin)
         return future
 
-    def _begin(self, future, name, run_spec, futures, priority):
-        inputs = [input._state for input in futures]
-        future._state = self.state.stimulus_submit(future.key, name, run_spec, inputs, priority)
-        if self._refusal:  # The scheduler was lost after the call.
-            self.state.stimulus_scheduler_left(self._refusal[1])
+    def scatter(self, data, workers=None, broadcast=False, direct=None, hash=True, timeout=None):
+        """Put data on the workers; return futures of it, when it is there.
 
-    def _check_own(self, futures):
-        for future in futures:
-            if future.client is not self:
-                raise ValueError(f"{future!r} belongs to another client")
+        A list, tuple, set, frozenset or namedtuple gives the like of futures; of a dict, the keys
+        name the tasks; anything else is one value.  Items go round robin, or to ``workers``; with
+        ``broadcast``, each goes to all.  Equal data shares a key, unless not ``hash``.  It always
+        goes directly to the workers, whatever ``direct``.  Scattered data cannot be computed
+        again.  Raises TimeoutError if there is no worker to hold it within ``timeout`` seconds.
+        """
+        self._check_open()
+        timeout = self._timeout if timeout is None else seconds(timeout)
+        options = (names_of(workers), bool(broadcast))
 
-    def gather(self, futures, errors="raise"):
+        def scatter_one(item, key=None):
+            frames = dump_part("what is scattered", item)
+            if key is None:
+                name = type(item).__name__
+                key = pure_key(name, frames) if hash else f"{name}-{unique()}"
+            fields = (frames, sizeof(item), type_name(item))
+            return self._begin(check_key(key), "scatter", fields, None, options)
+
+        if type(data) is dict:
+            futures = {key: scatter_one(item, key) for key, item in data.items()}
+        elif type(data) in (list, tuple, set, frozenset) or hasattr(data, "_fields"):
+            items = [scatter_one(item) for item in data]
+            futures = type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
+        else:
+            futures = scatter_one(data)
+        leaves = list(leaves_of(futures))
+
+        def finish():
+            for future in leaves:
+                failure(future._state)
+            return futures
+
+        return self._wait_for(leaves, finish, timeout)
+
+    # Results.
+
+    def gather(self, futures, errors="raise", direct=None):
         """The results of futures in nested lists, tuples, sets and dicts, in the same shape.
 
         ``errors="raise"`` raises the first exception; ``errors="skip"`` leaves out failed ones.
+        Results come directly from the workers, whatever ``direct``.
         """
-        # dask: gathers by way of the scheduler unless direct=True; here always from the workers.
         if errors not in ("raise", "skip"):
             raise ValueError(f"errors={errors!r} is neither 'raise' nor 'skip'")
         if hasattr(futures, "__next__"):
@@ -2599,8 +3430,153 @@ class Client(Body):
             return self._wait_for(leaves, finish, value=True, enough=failed)
         return self._wait_for(leaves, finish, value=True)
 
+    def cancel(self, futures, force=False):
+        """Let these tasks go, and those that depend on them; what has not begun will not run.
+
+        What runs already runs to its end, and its result is dropped.  Other clients that want
+        the same keep it, unless ``force``.
+        """
+        return self._act("stimulus_cancel", list(leaves_of(futures)), bool(force))
+
+    def retry(self, futures):
+        """Run tasks that failed once more, and those of their inputs that failed."""
+        return self._act("stimulus_retry", list(leaves_of(futures)))
+
+    # Looking inside.
+
+    async def _question(self, peer, ask, *fields):
+        """Ask the scheduler or a worker; the other fields of its answer."""
+        self._check_open()
+        await self._catch_up()
+        number, answer = next(self._numbers), self._loop.create_future()
+        self._answers[number] = (peer, answer)
+        self.state.send(peer, ask, number, *fields)
+        self.flush()
+        return await answer
+
+    def _look(self, read, what="workers", keys=()):
+        async def look():
+            ((facts,),) = [await self._question(SCHEDULER, "query", what, list(keys))]
+            return read(facts)
+
+        return self._run(look())
+
+    def who_has(self, futures=None):
+        """{key: addresses of the workers that hold it}, of these futures or of all there are."""
+
+        def read(rows):
+            return {to_key(key): tuple(addresses) for key, *_, addresses in rows}
+
+        return self._look(read, "tasks", [future.key for future in leaves_of(futures)])
+
+    def nbytes(self, keys=None, summary=True):
+        """Bytes of the results that the workers hold: by function name, or by key."""
+
+        def read(rows):
+            sizes = collections.Counter()
+            for key, name, _, nbytes, addresses in rows:
+                if addresses:
+                    sizes[name if summary else to_key(key)] += nbytes
+            return dict(sizes)
+
+        return self._look(read, "tasks", keys or ())
+
+    def has_what(self, workers=None):
+        """{address: keys of the results that the worker holds}"""
+        return self._by_worker(workers, lambda row: tuple(map(to_key, row["has_what"])))
+
+    def processing(self, workers=None):
+        """{address: keys of the tasks that were sent to the worker, and have not ended}"""
+        return self._by_worker(workers, lambda row: tuple(map(to_key, row["processing"])))
+
+    def nthreads(self, workers=None):
+        """{address: how many tasks the worker runs at a time}"""
+        return self._by_worker(workers, lambda row: row["nthreads"])
+
+    ncores = nthreads
+
+    def _by_worker(self, workers, read):
+        return self._look(lambda rows: {r["address"]: read(r) for r in chosen(rows, workers)})
+
+    def scheduler_info(self):
+        """The scheduler's address, and what it knows of its workers."""
+
+        def read(rows):
+            workers = {row["address"]: row for row in rows}
+            return {"type": "Scheduler", "address": self._address, "workers": workers}
+
+        return self._look(read)
+
+    def story(self, *keys):
+        """The transitions of tasks: [(key, start, finish, attempt, worker)]"""
+        keys = [getattr(key, "key", key) for key in keys]
+        return self._look(lambda rows: [(to_key(r[0]), *r[1:]) for r in rows], "story", keys)
+
+    def wait_for_workers(self, n_workers, timeout=None):
+        """Wait until so many workers are there.  Raises TimeoutError after ``timeout`` seconds."""
+
+        async def wait_for_workers():
+            there = 0
+            try:
+                async with asyncio.timeout(seconds(timeout)):
+                    while there < n_workers:
+                        ((rows,),) = [await self._question(SCHEDULER, "query", "workers", [])]
+                        there = len(rows)
+                        await asyncio.sleep(0.01 if there < n_workers else 0)
+            except TimeoutError:
+                text = f"{there} of {n_workers} workers are there after {timeout} s"
+                raise TimeoutError(text) from None
+
+        return self._run(wait_for_workers())
+
+    def run(self, function, *args, workers=None, on_error="raise", **kwargs):
+        """Call a function on every worker, or on ``workers``, outside of the task system.
+
+        Returns {address: result}.  Coroutine functions are awaited; a parameter ``dask_worker``
+        gets the Worker.  ``on_error`` is "raise", "return" (the exception in the result's place)
+        or "ignore".
+        """
+        if on_error not in ("raise", "return", "ignore"):
+            raise ValueError(f"on_error={on_error!r} is none of 'raise', 'return', 'ignore'")
+        self._options(function, {})
+        run_spec, futures = dump_call(dump_function(function), args, kwargs)
+        if futures:
+            raise TypeError("run takes no futures: gather them first")
+
+        async def run():
+            ((rows,),) = [await self._question(SCHEDULER, "query", "workers", [])]
+            rows = list(chosen(rows, workers))
+            questions = [self._question(row["id"], "run", run_spec) for row in rows]
+            answers = await asyncio.gather(*questions, return_exceptions=True)
+            results = {}
+            for row, answer in zip(rows, answers, strict=True):
+                if isinstance(answer, list) and answer[0] == "ok":
+                    results[row["address"]] = loads(answer[1])
+                elif on_error != "ignore":
+                    error = unpack_exception(answer[1]) if isinstance(answer, list) else answer
+                    results[row["address"]] = error
+                    if on_error == "raise":
+                        raise error
+            return results
+
+        return self._run(run())
+
     def __repr__(self):
         return f"<Client: {self._refusal[1] if self._refusal else self._address}>"
+
+
+def names_of(workers):
+    """What a user called workers by, as a list."""
+    names = [workers] if isinstance(workers, str) else list(workers or ())
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"workers={workers!r} is no address, host or name, nor a list of them")
+    return names
+
+
+def chosen(rows, workers):
+    """The facts of those workers that a user called by address or name (None: of all)."""
+    names = None if workers is None else names_of(workers)
+    return [row for row in rows if names is None or {row["address"], row["name"]} & {*names}]
 
 
 def leaves_of(obj):
@@ -2628,6 +3604,23 @@ def rebuild(obj):
     return obj
 
 
+def futures_of(obj):
+    """The futures in nested containers, each once."""
+    return list(dict.fromkeys(leaves_of(obj)))
+
+
+def default_client():
+    """The client that was opened last.  Raises ValueError if none is open."""
+    return Client.current()
+
+
+def fire_and_forget(obj):
+    """Let tasks run to their end though nobody keeps their futures; the results are dropped."""
+    for future in futures_of(obj):
+        mind = future.client.state
+        future.client._post(lambda future=future: mind.stimulus_fire_and_forget([future._state]))
+
+
 def wait(fs, timeout=None, return_when=ALL_COMPLETED):
     """Wait for futures: ``(done, not_done)``, two sets.
 
@@ -2639,13 +3632,13 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED):
         raise TypeError("wait takes one collection of futures: wait([x, y]), not wait(x, y)")
     # dask: FIRST_EXCEPTION is not implemented there.
     enough = {
-        ALL_COMPLETED: lambda state, left: False,
-        FIRST_COMPLETED: lambda state, left: True,
+        ALL_COMPLETED: lambda state: False,
+        FIRST_COMPLETED: lambda state: True,
         FIRST_EXCEPTION: failed,
     }
     if return_when not in enough:
         raise ValueError(f"return_when={return_when!r} is unknown")
-    futures = list(leaves_of(fs))
+    futures = futures_of(fs)
     if not futures:
         raise ValueError("wait needs at least one future")
 
@@ -2657,6 +3650,195 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED):
         return DoneAndNotDoneFutures(done, set(futures) - done)
 
     return futures[0].client._wait_for(futures, finish, timeout, enough=enough[return_when])
+
+
+class as_completed:
+    """Iterate over futures in the order in which they are done, by ``for`` or ``async for``.
+
+    A future is yielded as often as it was given, cancelled ones too.  ``with_results`` yields
+    pairs with the results; an error is then raised, or (not ``raise_errors``) stands in the
+    result's place.  After ``timeout`` seconds, counted from here, TimeoutError is raised.
+    """
+
+    def __init__(
+        self, futures=(), loop=None, with_results=False, raise_errors=True, *, timeout=None
+    ):
+        self.with_results, self.raise_errors = with_results, raise_errors
+        timeout = seconds(timeout)
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._clear()
+        self.update(futures)
+
+    def _clear(self):
+        self._left = 0  # how many are still to be yielded
+        self._ready = deque()  # those of them that are done
+        self._waiter = None  # set when something is ready
+
+    def add(self, future):
+        """Wait for one more; this may be done while iterating."""
+        if not isinstance(future, Future):
+            raise TypeError(f"as_completed goes over futures, not {future!r:.80}")
+        self._left += 1
+        self.client, ready = future.client, self._ready
+
+        def done(state):
+            ready.append(future)
+            if self._waiter and not self._waiter.done():
+                self._waiter.set_result(None)
+
+        def watch():
+            if self.with_results:
+                self.client.state.stimulus_ask([future._state])
+            self.client._watch(future._state, done, self.with_results)
+
+        self.client._post(watch)
+
+    def update(self, futures):
+        """Wait for more."""
+        for future in futures:
+            self.add(future)
+
+    def count(self):
+        """How many are still to be yielded."""
+        return self._left
+
+    def is_empty(self):
+        return not self._left
+
+    def has_ready(self):
+        """Whether the next one is done already."""
+        return bool(self._ready)
+
+    def clear(self):
+        """Forget all that was added."""
+        self._clear()
+
+    def next_batch(self, block=True):
+        """All that are done, as a list; with ``block``, at least one."""
+        batch = [next(self)] if block else []
+        return batch + [next(self) for _ in range(len(self._ready))]
+
+    def batches(self):
+        """Iterate over ``next_batch()``."""
+        while not self.is_empty():
+            yield self.next_batch()
+
+    async def _wait(self):
+        left = None if self._deadline is None else self._deadline - time.monotonic()
+        async with asyncio.timeout(left):
+            while not self._ready:
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
+
+    def _take(self):
+        future = self._ready.popleft()
+        self._left -= 1
+        if not self.with_results:
+            return future
+        try:
+            return future, outcome(future._state)
+        except BaseException as error:
+            if self.raise_errors and not isinstance(error, CancelledError):
+                raise
+            return future, error
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self._left:
+            raise StopIteration
+        if not self._ready:
+            self.client._run(self._wait())
+        return self._take()
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        if not self._left:
+            raise StopAsyncIteration
+        await self._wait()
+        return self._take()
+
+
+# ---- 10. Local cluster: processes of the very same command line, watched and restarted ----
+
+
+class LocalCluster(Threaded):
+    """A scheduler in this process, and workers: processes of their own, or threads here.
+
+    ``n_workers`` (one for each core) of ``threads_per_worker`` (1); ``processes=False`` makes one
+    worker with a thread for each core.  A worker process that is lost is replaced, and each ends
+    when this process does, however that ends.  What can be imported here can be there.
+    """
+
+    def __init__(
+        self, n_workers=None, threads_per_worker=None, processes=True, asynchronous=False, **options
+    ):
+        cores = os.cpu_count() or 1
+        if n_workers is None:
+            n_workers = max(1, cores // (threads_per_worker or 1)) if processes else 1
+        self.n_workers, self.processes = n_workers, processes
+        self.threads_per_worker = threads_per_worker or max(1, cores // max(n_workers, 1))
+        self.scheduler = Scheduler(**options)
+        self.workers = []  # the Workers, if they live in this process
+        self._live(asynchronous)
+
+    async def __aenter__(self):
+        await self.scheduler.__aenter__()
+        self.address = self.scheduler.address
+        names = [str(number) for number in range(self.n_workers)]
+        if self.processes:
+            started = [asyncio.Event() for _ in names]
+            for name, event in zip(names, started, strict=True):
+                self.scheduler.start(self._keep(name, event))
+            await asyncio.gather(*(event.wait() for event in started))
+        else:
+            for name in names:
+                worker = Worker(self.address, self.threads_per_worker, name)
+                self.workers.append(await worker.__aenter__())
+        return self
+
+    async def _keep(self, name, started):
+        """Run a worker process; when it is lost, another."""
+        arguments = [self.address, "--nthreads", self.threads_per_worker, "--name", name]
+        while True:
+            process = await start_worker(*arguments)
+            try:
+                self.scheduler.watched[name] = asyncio.ensure_future(describe_exit(process))
+                if not await process.stdout.readline():
+                    await asyncio.sleep(1)  # It did not even start: be patient with the next.
+                started.set()
+                await asyncio.shield(self.scheduler.watched[name])
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+
+    async def _close(self):
+        for worker in self.workers:
+            await worker.close()
+        await self.scheduler.close()
+
+    def __repr__(self):
+        workers = self.scheduler.state.workers.values()
+        threads = sum(ws.nthreads for ws in workers)
+        return f"<LocalCluster: {self.address}, {len(workers)} workers, {threads} threads>"
+
+
+async def start_worker(*arguments):
+    """A process of the command line, which ends when its standard input does: so with us."""
+    pipe = asyncio.subprocess.PIPE
+    command = [sys.executable, __file__, "worker", *map(str, arguments), "--until-stdin-ends"]
+    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    env = {**os.environ, "PYTHONPATH": path}
+    return await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, env=env)
+
+
+async def describe_exit(process):
+    code = await process.wait()
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
 # ---- 12. Command line ----
@@ -2673,16 +3855,21 @@ def parse(argv):
     scheduler.add_argument("--host", default="127.0.0.1", help=text)
     text = f"port to listen on ({DEFAULT_PORT}, or the next that is free); 0: any that is free"
     scheduler.add_argument("--port", type=int, help=text)
+    text = "seconds after which a silent worker is dead (30)"
+    scheduler.add_argument("--worker-ttl", type=float, default=30, metavar="SECONDS", help=text)
     worker = commands.add_parser("worker", help="start a worker")
     worker.set_defaults(run=run_worker)
     worker.add_argument("address", metavar="IP:PORT", help="the scheduler's address")
     cores = os.cpu_count() or 1
     text = f"tasks run at a time ({cores}: one for each core)"
     worker.add_argument("--nthreads", type=int, default=cores, help=text)
-    worker.add_argument("--name", help="the worker's name in the cluster (its address)")
+    text = "the worker's name in the cluster (its address); of several, with -0, -1, ... appended"
+    worker.add_argument("--name", help=text)
+    worker.add_argument("--nworkers", type=int, default=1, help="how many processes (1)")
+    worker.add_argument("--until-stdin-ends", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.command == "worker" and options.nthreads < 1:
-        parser.error("--nthreads must be at least 1")
+    if options.command == "worker" and min(options.nthreads, options.nworkers) < 1:
+        parser.error("--nthreads and --nworkers must be at least 1")
     return options
 
 
@@ -2718,7 +3905,7 @@ async def run_scheduler(options):
         ports = range(DEFAULT_PORT, DEFAULT_PORT + 100)
     for port in ports:
         try:
-            scheduler = await Scheduler(options.host, port).__aenter__()
+            scheduler = await Scheduler(options.host, port, options.worker_ttl).__aenter__()
             break
         except OSError:
             if port == ports[-1]:
@@ -2726,16 +3913,48 @@ async def run_scheduler(options):
             logger.warning("Port %s is in use; trying the next", port)
     print(f"Scheduler at {scheduler.address}", flush=True)
     try:
-        await asyncio.Event().wait()
+        await scheduler.ended.wait()
     finally:
         await scheduler.close()
 
 
 async def run_worker(options):
+    if options.nworkers > 1:
+        return await run_workers(options)
+    if options.until_stdin_ends:
+        threading.Thread(target=end_with_stdin, daemon=True).start()
     async with Worker(options.address, options.nthreads, options.name, timeout=None) as worker:
         print(f"Worker {worker.name} at {worker.address}", flush=True)
-        await worker.finished
-    raise ConnectionError(f"the scheduler at {options.address} is gone")
+        try:
+            await asyncio.wait([worker.finished])
+        except asyncio.CancelledError:
+            await worker.leave()
+            raise
+    if not worker.dismissed:
+        raise ConnectionError(f"the scheduler at {options.address} is gone")
+
+
+async def run_workers(options):
+    """Several worker processes, which end with this one."""
+    processes = []
+    for number in range(options.nworkers):
+        name = ["--name", f"{options.name}-{number}"] if options.name else []
+        arguments = [options.address, "--nthreads", options.nthreads, *name]
+        processes.append(await start_worker(*arguments))
+        print((await processes[-1].stdout.readline()).decode(), end="", flush=True)
+    try:
+        codes = await asyncio.gather(*(process.wait() for process in processes))
+        if any(codes):
+            raise ConnectionError("workers ended with exit codes " + ", ".join(map(str, codes)))
+    finally:
+        for process in [process for process in processes if process.returncode is None]:
+            process.terminate()
+            await process.wait()
+
+
+def end_with_stdin():
+    sys.stdin.buffer.read()
+    os._exit(0)
 
 
 if __name__ == "__main__":
