@@ -37,7 +37,7 @@ The life of one ``submit()``.  Each method opens its docstring with its number i
 
 import argparse
 import asyncio
-import collections
+import collections.abc
 import concurrent.futures
 import contextlib
 import contextvars
@@ -107,6 +107,7 @@ MESSAGES = {  # {op: "sender > receiver: fields"}; the fields' kinds are in FIEL
     "fetch-missed": "client > scheduler: key want attempt holders",
     "key-in-memory": "scheduler > client: key want attempt nbytes type holders value",
     "key-lost": "scheduler > client: key want",
+    "key-retried": "scheduler > client: key want",
     "key-erred": "scheduler > client: key want exception type text",
     "key-cancelled": "scheduler > client: key want text",
     "warning": "scheduler > client: text",
@@ -486,9 +487,10 @@ class ClientMind(FetchingMind):
         for state in states:
             if self.futures.get(state.key) is state:
                 self.send(SCHEDULER, "cancel-keys", [(state.key, state.want)], force)
-                self.stimulus_key_cancelled(
-                    SCHEDULER, state.key, state.want, "it was cancelled here"
-                )
+                self.let_go(state)
+                if not state.value:
+                    state.exception = ()
+                    self.become(state, "cancelled", "it was cancelled here")
 
     def stimulus_retry(self, states):
         """The user wants tasks that failed once more: each is a new want."""
@@ -529,6 +531,13 @@ class ClientMind(FetchingMind):
     def stimulus_key_lost(self, peer, key, want):
         """Every replica of a result is gone; it is being computed again."""
         if state := self.current(key, want):
+            self.become(state, "pending")
+
+    def stimulus_key_retried(self, peer, key, want):
+        """It had failed, and is tried again: somebody asked for that, or asked for an input."""
+        state = self.futures.get(key)
+        if state is not None and state.want == want and state.status == "error":
+            state.exception = ()
             self.become(state, "pending")
 
     def stimulus_key_erred(self, peer, key, want, exception, type, text):
@@ -874,14 +883,16 @@ class SchedulerMind(Mind):
             # It was cancelled, or lost, while the retry was under way.
             self.send(client, "key-cancelled", key, want, "it was cancelled before its retry")
             return
+        self.want(cs, ts, want, tell=ts.state != "erred")
         failed = [ts]
-        while failed:
-            each = failed.pop()
-            if each.state == "erred":
+        for each in failed:  # It grows meanwhile.
+            if error := each.error:
+                # With the inputs that made it fail, and what failed because it did.
+                failed += [*each.dependencies, *(d for d in each.dependents if d.error == error)]
                 each.error = ()
                 self.mark(each)
-                failed += each.dependencies
-        self.want(cs, ts, want)
+                for wanting in each.who_wants:
+                    self.send(wanting.id, "key-retried", each.key, wanting.wants_what[each])
         self.settle()
 
     def stimulus_fire_and_forget(self, client, names):
@@ -1382,10 +1393,10 @@ class SchedulerMind(Mind):
         ts = self.tasks.get(key)
         return ts if cs.wants_what.get(ts) == want else None
 
-    def want(self, cs, ts, number):
+    def want(self, cs, ts, number, tell=True):
         link(ts, "who_wants", cs, "wants_what")
         cs.wants_what[ts] = number
-        if not ts.state == "erred" or ts.error:
+        if tell:
             self.tell(cs, ts)
         self.mark(ts)
 
@@ -1478,8 +1489,8 @@ class SchedulerMind(Mind):
     def ask_giver(self, ts):
         """Ask the first client that has the data to put it on a worker, each one in its turn."""
         some = self.workers.values() if (allowed := self.allowed(ts)) is None else allowed
-        slots = [ws for ws in some if ws.load != LEAVING for _ in range(ws.nthreads)]
-        ts.processing_on = ws = slots[self.puts % len(slots)]
+        some = [ws for ws in some if ws.load != LEAVING]
+        ts.processing_on = ws = some[self.puts % len(some)]
         self.puts += 1
         ws.arriving[ts.attempt] = ts
         cs = next(iter(ts.givers))
@@ -2299,25 +2310,40 @@ def unpack_exception(frames):
 
 
 def rebuild_traceback(places):
-    """A traceback through [(file, line, function)].
-
-    Tracebacks need frames, and frames come from running code: for each place a line of code that
-    carries its names is compiled and run to its exception.  (The idea is that of tblib.)
-    """
+    """A traceback through [(file, line, function)]."""
     tb = None
     for filename, line, name in reversed(places):
-        code = compile("raise RuntimeError", filename, "exec")
-        units = len(code.co_code) // 2
-        # A table of places that says "the first line, no column" for every 8 units of code: with
-        # columns, the traceback would underline what stands there in the worker's source.
-        table = b"".join(bytes([0xE8 | min(8, units - n) - 1, 0]) for n in range(0, units, 8))
-        where = {"co_firstlineno": line, "co_linetable": table}
-        try:
-            exec(code.replace(co_name=name, co_qualname=name, **where), {"__file__": filename})
-        except RuntimeError as error:
-            frame = error.__traceback__.tb_next.tb_frame
+        frame = frame_at(filename, line, name)
         tb = types.TracebackType(tb, frame, frame.f_lasti, line)
     return tb
+
+
+@functools.lru_cache(maxsize=1000)
+def frame_at(filename, line, name):
+    """A frame that names a place.
+
+    Frames come from running code: a line that carries these names is compiled and run to its
+    exception (the idea is that of tblib).  In a thread of its own: its callers' frames,
+    and what they hold, live as long as it does.
+    """
+    code = compile("raise RuntimeError", filename, "exec")
+    units = len(code.co_code) // 2
+    # A table of places that says "the first line, no column" for every 8 units of code: with
+    # columns, the traceback would underline what stands there in the worker's source.
+    table = b"".join(bytes([0xE8 | min(8, units - n) - 1, 0]) for n in range(0, units, 8))
+    code = code.replace(co_name=name, co_qualname=name, co_firstlineno=line, co_linetable=table)
+    frames = []
+
+    def run():
+        try:
+            exec(code, {"__file__": filename})
+        except RuntimeError as error:
+            frames.append(error.__traceback__.tb_next.tb_frame)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return frames[0]
 
 
 def sizeof(obj, depth=3):
@@ -2774,8 +2800,9 @@ class Worker(Body):
         try:
             WORKER.set(self)
             func, args, kwargs = await asyncio.to_thread(load_call, run_spec, {})
-            if "dask_worker" in inspect.signature(func).parameters:
-                kwargs["dask_worker"] = self
+            with contextlib.suppress(ValueError, TypeError):  # Some builtins have no signature.
+                if "dask_worker" in inspect.signature(func).parameters:
+                    kwargs["dask_worker"] = self
             result = await asyncio.to_thread(func, *args, **kwargs)
             if asyncio.iscoroutine(result):
                 result = await result
@@ -2815,8 +2842,16 @@ class KilledWorker(Exception):
 
 ALL_COMPLETED, FIRST_COMPLETED = "ALL_COMPLETED", "FIRST_COMPLETED"
 FIRST_EXCEPTION = "FIRST_EXCEPTION"
-DoneAndNotDoneFutures = namedtuple("DoneAndNotDoneFutures", "done not_done")
 RESERVED = ("resources", "actor", "fifo_timeout")  # options of dask's that are not built
+
+
+class DoneAndNotDoneFutures(namedtuple("DoneAndNotDoneFutures", "done not_done")):
+    """What ``wait`` returns."""
+
+    def __await__(self):
+        """So that ``wait([])`` can be awaited too, which knows of no client."""
+        yield from ()
+        return self
 
 
 class Future:
@@ -2834,7 +2869,7 @@ class Future:
 
     def _known(self):
         if self._state is None:
-            self.client._in_loop(self.client._catch_up())
+            self.client._run(self.client._catch_up())
         return self._state
 
     @property
@@ -2844,9 +2879,10 @@ class Future:
 
     @property
     def type(self):
-        """The name of the result's type, when it is finished; else None."""
-        # dask: the type itself.  Here it may be one that this process cannot import.
-        return self._known().type if self.status == "finished" else None
+        """The type of the result, when it is finished; its name, if it is not known here."""
+        module, _, name = (self._known().type if self.status == "finished" else "").rpartition(".")
+        here = [sys.modules.get(module or "builtins", types), types]
+        return next((vars(m)[name] for m in here if name in vars(m)), name or None)
 
     def done(self):
         """Whether it is finished, erred or cancelled."""
@@ -3072,7 +3108,7 @@ class Client(Threaded, Body):
         self._waking = False
         self._watchers = {}  # {FutureState: {called once it is settled: whether with its value}}
         self._answers = {}  # {number of a question: (who was asked, asyncio.Future)}
-        self._numbers = count()
+        self._numbers, self._workers = count(), []
         self._scheduler = None  # the Connection
         # The exception type and words that new calls get, before it is connected and at its end.
         self._refusal = (RuntimeError, "this client is not connected: await it first")
@@ -3093,6 +3129,7 @@ class Client(Threaded, Body):
             _, *batch = await self._scheduler.receive()
             self._refusal, self.links[SCHEDULER] = None, self._scheduler
             self.start(self._listen(batch))
+            await self._ask_workers()
             if self._set_as_default:
                 Client._instances.append(self)
         return self
@@ -3185,9 +3222,7 @@ class Client(Threaded, Body):
 
     def _post(self, *entry):
         self._inbox.append(entry)
-        if self.asynchronous and threading.get_ident() == self._loop_thread:
-            self._drain()
-        elif not self._waking:
+        if not self._waking:
             self._waking = True
             with contextlib.suppress(RuntimeError):  # The loop is closed: nobody cares.
                 self._loop.call_soon_threadsafe(self._drain)
@@ -3364,6 +3399,8 @@ class Client(Threaded, Body):
                 self.state.stimulus_scheduler_left(self._refusal[1])
 
         self._post(begin)
+        if self.asynchronous and threading.get_ident() == self._loop_thread:
+            self._drain()
         return future
 
     def scatter(self, data, workers=None, broadcast=False, direct=None, hash=True, timeout=None):
@@ -3387,11 +3424,14 @@ class Client(Threaded, Body):
             fields = (frames, sizeof(item), type_name(item))
             return self._begin(check_key(key), "scatter", fields, None, options)
 
+        if isinstance(data, (collections.abc.Iterator, Future)):
+            raise TypeError(f"{data!r:.80} cannot be scattered: gather it, or make it a list")
         if type(data) is dict:
             futures = {key: scatter_one(item, key) for key, item in data.items()}
-        elif type(data) in (list, tuple, set, frozenset) or hasattr(data, "_fields"):
+        elif type(data) in (list, tuple, set, frozenset, range) or hasattr(data, "_fields"):
             items = [scatter_one(item) for item in data]
-            futures = type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
+            shape = list if type(data) is range else type(data)
+            futures = shape(*items) if hasattr(data, "_fields") else shape(items)
         else:
             futures = scatter_one(data)
         leaves = list(leaves_of(futures))
@@ -3408,12 +3448,13 @@ class Client(Threaded, Body):
     def gather(self, futures, errors="raise", direct=None):
         """The results of futures in nested lists, tuples, sets and dicts, in the same shape.
 
-        ``errors="raise"`` raises the first exception; ``errors="skip"`` leaves out failed ones.
+        ``errors="raise"`` raises the first exception; ``errors="skip"`` leaves out what failed, and
+        puts None in its place in a dict.
         Results come directly from the workers, whatever ``direct``.
         """
         if errors not in ("raise", "skip"):
             raise ValueError(f"errors={errors!r} is neither 'raise' nor 'skip'")
-        if hasattr(futures, "__next__"):
+        if isinstance(futures, collections.abc.Iterator):
             futures = list(futures)
         leaves = list(leaves_of(futures))
         self._check_own(leaves)
@@ -3454,9 +3495,13 @@ class Client(Threaded, Body):
         self.flush()
         return await answer
 
+    async def _ask_workers(self):
+        (self._workers,) = await self._question(SCHEDULER, "query", "workers", [])
+        return self._workers
+
     def _look(self, read, what="workers", keys=()):
         async def look():
-            ((facts,),) = [await self._question(SCHEDULER, "query", what, list(keys))]
+            (facts,) = await self._question(SCHEDULER, "query", what, list(keys))
             return read(facts)
 
         return self._run(look())
@@ -3474,9 +3519,12 @@ class Client(Threaded, Body):
 
         def read(rows):
             sizes = collections.Counter()
-            for key, name, _, nbytes, addresses in rows:
-                if addresses:
-                    sizes[name if summary else to_key(key)] += nbytes
+            for key, *_, nbytes, addresses in rows:
+                key = to_key(key)
+                if summary:
+                    first = key if isinstance(key, str) else key[0]
+                    key = first.rpartition("-")[0] or first
+                sizes[key] += nbytes if addresses else 0
             return dict(sizes)
 
         return self._look(read, "tasks", keys or ())
@@ -3501,11 +3549,10 @@ class Client(Threaded, Body):
     def scheduler_info(self):
         """The scheduler's address, and what it knows of its workers."""
 
-        def read(rows):
-            workers = {row["address"]: row for row in rows}
-            return {"type": "Scheduler", "address": self._address, "workers": workers}
-
-        return self._look(read)
+        # dask: it is what it was a moment ago, there as well, in an asynchronous client.
+        rows = self._workers if self.asynchronous else self._look(list)
+        workers = {row["address"]: row for row in rows}
+        return {"type": "Scheduler", "address": self._address, "workers": workers}
 
     def story(self, *keys):
         """The transitions of tasks: [(key, start, finish, attempt, worker)]"""
@@ -3515,13 +3562,15 @@ class Client(Threaded, Body):
     def wait_for_workers(self, n_workers, timeout=None):
         """Wait until so many workers are there.  Raises TimeoutError after ``timeout`` seconds."""
 
+        if type(n_workers) is not int or n_workers < 1:
+            raise ValueError(f"n_workers={n_workers!r} is no positive whole number")
+
         async def wait_for_workers():
             there = 0
             try:
                 async with asyncio.timeout(seconds(timeout)):
                     while there < n_workers:
-                        ((rows,),) = [await self._question(SCHEDULER, "query", "workers", [])]
-                        there = len(rows)
+                        there = len(await self._ask_workers())
                         await asyncio.sleep(0.01 if there < n_workers else 0)
             except TimeoutError:
                 text = f"{there} of {n_workers} workers are there after {timeout} s"
@@ -3544,8 +3593,7 @@ class Client(Threaded, Body):
             raise TypeError("run takes no futures: gather them first")
 
         async def run():
-            ((rows,),) = [await self._question(SCHEDULER, "query", "workers", [])]
-            rows = list(chosen(rows, workers))
+            rows = list(chosen(await self._ask_workers(), workers))
             questions = [self._question(row["id"], "run", run_spec) for row in rows]
             answers = await asyncio.gather(*questions, return_exceptions=True)
             results = {}
@@ -3589,7 +3637,10 @@ def leaves_of(obj):
 
 
 def rebuild(obj):
-    """Nested containers with values in the place of futures; those that failed are left out."""
+    """Nested containers with values in the place of futures.
+
+    Those that failed are left out; in a dict, and by itself, they become None.
+    """
 
     def keep(item):
         return not (isinstance(item, Future) and failed(item._state))
@@ -3597,7 +3648,7 @@ def rebuild(obj):
     if isinstance(obj, Future):
         return outcome(obj._state) if keep(obj) else None
     if isinstance(obj, dict):
-        return {key: rebuild(value) for key, value in obj.items() if keep(value)}
+        return {key: rebuild(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple, set, frozenset)):
         items = [rebuild(item) for item in obj if keep(item)]
         return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
@@ -3640,7 +3691,7 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED):
         raise ValueError(f"return_when={return_when!r} is unknown")
     futures = futures_of(fs)
     if not futures:
-        raise ValueError("wait needs at least one future")
+        return DoneAndNotDoneFutures(set(), set())
 
     def finish():
         done = {future for future in futures if settled(future._state)}
@@ -3656,8 +3707,8 @@ class as_completed:
     """Iterate over futures in the order in which they are done, by ``for`` or ``async for``.
 
     A future is yielded as often as it was given, cancelled ones too.  ``with_results`` yields
-    pairs with the results; an error is then raised, or (not ``raise_errors``) stands in the
-    result's place.  After ``timeout`` seconds, counted from here, TimeoutError is raised.
+    pairs with the results; an error is then raised, or (not ``raise_errors``) its type, itself and
+    its traceback stand in the result's place.  After ``timeout`` seconds, counted from here, TimeoutError is raised.
     """
 
     def __init__(
@@ -3737,10 +3788,12 @@ class as_completed:
             return future
         try:
             return future, outcome(future._state)
-        except BaseException as error:
-            if self.raise_errors and not isinstance(error, CancelledError):
-                raise
+        except CancelledError as error:
             return future, error
+        except Exception as error:
+            if self.raise_errors:
+                raise
+            return future, (type(error), error, error.__traceback__)
 
     def __iter__(self):
         return self

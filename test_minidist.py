@@ -1848,7 +1848,7 @@ async def test_gather_raises_the_first_error_or_skips_what_failed(c, a, b):
     assert await c.gather([bad, good, [bad], {"x": bad, "y": good}], errors="skip") == [
         1,
         [],
-        {"y": 1},
+        {"x": None, "y": 1},
     ]
 
 

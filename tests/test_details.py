@@ -250,10 +250,6 @@ async def test_options_of_dask_that_are_not_built_are_refused_by_name(c, a, b):
             c.submit(abs, 1, **{option: None})
         with pytest.raises(TypeError, match=option):
             c.map(abs, [1], **{option: None})
-    with pytest.raises(TypeError, match="fifo_timeout"):
-        c.submit(abs, 1, fifo_timeout=1)
-    with pytest.raises(TypeError, match="batch_size"):
-        c.map(abs, [1], batch_size=1)
 
 
 @on_cluster
