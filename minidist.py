@@ -1125,7 +1125,7 @@ class SchedulerMind(Mind):
             return "waiting"
         if not (ts.run_spec or ts.givers):
             return "waiting"  # Lost data: those who want it are being told.
-        if self.least_loaded(FULL) is None or self.allowed(ts) == {}:
+        if self.all_leave() or (ts.restrictions and self.allowed(ts) == {}):
             return "no-worker"
         return "queued" if ts.run_spec else "processing"
 
@@ -1155,12 +1155,14 @@ class SchedulerMind(Mind):
     def next_for(self, ws):
         """What ``ws`` has room for: of its own queue, of the common one, or of another worker's."""
         heads = [ts for ts in (ws.queue.peek(), self.queue.peek()) if ts]
-        for ts in sorted(heads, key=lambda ts: ts.priority):
+        if len(heads) == 2 and heads[1].priority < heads[0].priority:
+            heads.reverse()
+        for ts in heads:
             if self.has_room(ws, ts):
                 return ts
             if ts.suspect:
                 return None  # Let this worker run empty.
-        return self.steal(ws) if ws.load <= FREE and not ws.queue else None
+        return self.steal(ws) if self.crowded and ws.load <= FREE and not ws.queue else None
 
     def steal(self, ws):
         """What waits for another worker, and would start sooner here, with its inputs moved."""
@@ -1199,10 +1201,16 @@ class SchedulerMind(Mind):
         Only a few are compared: with thousands of workers, deciding must not cost a scan.
         """
         for group in self.by_load[: most + 1]:
-            some = list(islice((ws for ws in group if ws not in but), LIMITS["holders"]))
-            if some:
-                return min(some, key=lambda ws: ws.occupancy // ws.nthreads)
+            if group:
+                some = (ws for ws in group if ws not in but) if but else group
+                some = islice(some, LIMITS["holders"])
+                if ws := min(some, key=lambda ws: ws.occupancy // ws.nthreads, default=None):
+                    return ws
         return None
+
+    def all_leave(self):
+        """Whether there is no worker, or only such as are about to go."""
+        return len(self.workers) == len(self.by_load[LEAVING])
 
     def allowed(self, ts):
         """The workers that may run ``ts``, as an ordered set; None: any."""
@@ -1483,7 +1491,7 @@ class SchedulerMind(Mind):
         for ts in list(ws.queue):
             self.transition(ts, "waiting")
             self.mark(ts)
-        for ts in self.queue if self.least_loaded(FULL) is None else ():
+        for ts in self.queue if self.all_leave() else ():
             self.mark(ts)
 
     def ask_giver(self, ts):
