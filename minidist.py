@@ -926,7 +926,7 @@ class SchedulerMind(Mind):
         self.settle()
 
     def stimulus_query(self, client, number, what, keys):
-        """A client looks inside; keys cannot be keys of JSON's objects, so it gets rows."""
+        """A client looks inside: rows of what is known of tasks, or of the workers so called."""
         self.send(client, "answer", number, getattr(self, f"facts_{what}")(keys))
 
     def stimulus_shutdown(self, client):
@@ -934,23 +934,29 @@ class SchedulerMind(Mind):
         for worker in self.workers:
             self.send(worker, "goodbye")
 
-    def facts_tasks(self, keys):
+    def facts_who_has(self, keys):
         tasks = [self.tasks[key] for key in keys or self.tasks if key in self.tasks]
-        return [
-            (ts.key, ts.name, ts.state, ts.nbytes, [ws.address for ws in ts.who_has])
-            for ts in tasks
-        ]
+        return [(ts.key, [ws.address for ws in ts.who_has]) for ts in tasks]
 
-    def facts_workers(self, keys):
-        return [
-            {"address": ws.address, "id": ws.id, "name": ws.name, "nthreads": ws.nthreads}
-            | {"nbytes": ws.nbytes, "has_what": [ts.key for ts in ws.has_what]}
-            | {"processing": [ts.key for ts, _ in ws.processing.values()]}
-            for ws in self.workers.values()
-        ]
+    def facts_nbytes(self, keys):
+        return [(key, self.tasks[key].nbytes) for key, some in self.facts_who_has(keys) if some]
+
+    def facts_has_what(self, names):
+        return [(ws.address, [ts.key for ts in ws.has_what]) for ws in self.named(names)]
+
+    def facts_processing(self, names):
+        tasks = {ws: [ts.key for ts, _ in ws.processing.values()] for ws in self.named(names)}
+        return [(ws.address, keys) for ws, keys in tasks.items()]
+
+    def facts_workers(self, names):
+        fields = ("id", "name", "nthreads", "nbytes")
+        return [(ws.address, {f: getattr(ws, f) for f in fields}) for ws in self.named(names)]
 
     def facts_story(self, keys):
-        return [line for line in self.story if line[0] in keys]
+        return list(enumerate(line for line in self.story if line[0] in keys))
+
+    def named(self, names):
+        return [ws for ws in self.workers.values() if not names or {*names} & {*ws.aliases()}]
 
     # Stimuli: workers.
 
@@ -2326,13 +2332,12 @@ def rebuild_traceback(places):
     return tb
 
 
-@functools.lru_cache(maxsize=1000)
 def frame_at(filename, line, name):
     """A frame that names a place.
 
     Frames come from running code: a line that carries these names is compiled and run to its
-    exception (the idea is that of tblib).  In a thread of its own: its callers' frames,
-    and what they hold, live as long as it does.
+    exception (the idea is that of tblib).  In a generator, whose frame has no caller: else all
+    callers' frames, and what they hold, would live as long as the exception does.
     """
     code = compile("raise RuntimeError", filename, "exec")
     units = len(code.co_code) // 2
@@ -2340,18 +2345,14 @@ def frame_at(filename, line, name):
     # columns, the traceback would underline what stands there in the worker's source.
     table = b"".join(bytes([0xE8 | min(8, units - n) - 1, 0]) for n in range(0, units, 8))
     code = code.replace(co_name=name, co_qualname=name, co_firstlineno=line, co_linetable=table)
-    frames = []
 
     def run():
         try:
             exec(code, {"__file__": filename})
         except RuntimeError as error:
-            frames.append(error.__traceback__.tb_next.tb_frame)
+            yield error.__traceback__.tb_next.tb_frame
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return frames[0]
+    return next(run())
 
 
 def sizeof(obj, depth=3):
@@ -3078,6 +3079,8 @@ class Threaded:
         except BaseException:
             future.cancel()
             raise
+        finally:
+            del future  # It may hold an exception, which refers to this frame: break the cycle.
 
 
 class Client(Threaded, Body):
@@ -3116,7 +3119,7 @@ class Client(Threaded, Body):
         self._waking = False
         self._watchers = {}  # {FutureState: {called once it is settled: whether with its value}}
         self._answers = {}  # {number of a question: (who was asked, asyncio.Future)}
-        self._numbers, self._workers = count(), []
+        self._numbers, self._workers = count(), {}
         self._scheduler = None  # the Connection
         # The exception type and words that new calls get, before it is connected and at its end.
         self._refusal = (RuntimeError, "this client is not connected: await it first")
@@ -3137,7 +3140,7 @@ class Client(Threaded, Body):
             _, *batch = await self._scheduler.receive()
             self._refusal, self.links[SCHEDULER] = None, self._scheduler
             self.start(self._listen(batch))
-            await self._ask_workers()
+            await self._ask("workers")
             if self._set_as_default:
                 Client._instances.append(self)
         return self
@@ -3299,15 +3302,14 @@ class Client(Threaded, Body):
             self.state.stimulus_ask(left)
             self.flush()
         try:
-            async with asyncio.timeout(timeout):
-                if left:
-                    await ready
-        except TimeoutError:
-            text = f"{len(left)} of {total} futures are not done after {timeout} s"
-            raise TimeoutError(text) from None
+            # (asyncio.timeout would leave a cycle that keeps our frame, and the futures in it.)
+            if left and not ready.done():
+                await asyncio.wait([ready], timeout=timeout)
         finally:
             for state in left:
                 self._unwatch(state, over)
+        if left and not ready.done():
+            raise TimeoutError(f"{len(left)} of {total} futures are not done after {timeout} s")
 
     # Submitting.
 
@@ -3503,69 +3505,60 @@ class Client(Threaded, Body):
         self.flush()
         return await answer
 
-    async def _ask_workers(self):
-        (self._workers,) = await self._question(SCHEDULER, "query", "workers", [])
-        return self._workers
-
-    def _look(self, read, what="workers", keys=()):
-        async def look():
-            (facts,) = await self._question(SCHEDULER, "query", what, list(keys))
-            return read(facts)
-
-        return self._run(look())
+    async def _ask(self, what, keys=()):
+        (rows,) = await self._question(SCHEDULER, "query", what, list(keys))
+        facts = {thaw(key): thaw(fact) for key, fact in rows}
+        self._workers = facts if what == "workers" and not keys else self._workers
+        return facts
 
     def who_has(self, futures=None):
         """{key: addresses of the workers that hold it}, of these futures or of all there are."""
-
-        def read(rows):
-            return {to_key(key): tuple(addresses) for key, *_, addresses in rows}
-
-        return self._look(read, "tasks", [future.key for future in leaves_of(futures)])
-
-    def nbytes(self, keys=None, summary=True):
-        """Bytes of the results that the workers hold: by function name, or by key."""
-
-        def read(rows):
-            sizes = collections.Counter()
-            for key, *_, nbytes, addresses in rows:
-                key = to_key(key)
-                if summary:
-                    first = key if isinstance(key, str) else key[0]
-                    key = first.rpartition("-")[0] or first
-                sizes[key] += nbytes if addresses else 0
-            return dict(sizes)
-
-        return self._look(read, "tasks", keys or ())
+        return self._run(self._ask("who_has", [future.key for future in leaves_of(futures)]))
 
     def has_what(self, workers=None):
         """{address: keys of the results that the worker holds}"""
-        return self._by_worker(workers, lambda row: tuple(map(to_key, row["has_what"])))
+        return self._run(self._ask("has_what", names_of(workers)))
 
     def processing(self, workers=None):
         """{address: keys of the tasks that were sent to the worker, and have not ended}"""
-        return self._by_worker(workers, lambda row: tuple(map(to_key, row["processing"])))
+        return self._run(self._ask("processing", names_of(workers)))
 
     def nthreads(self, workers=None):
         """{address: how many tasks the worker runs at a time}"""
-        return self._by_worker(workers, lambda row: row["nthreads"])
+
+        async def ask():
+            rows = await self._ask("workers", names_of(workers))
+            return {address: row["nthreads"] for address, row in rows.items()}
+
+        return self._run(ask())
 
     ncores = nthreads
 
-    def _by_worker(self, workers, read):
-        return self._look(lambda rows: {r["address"]: read(r) for r in chosen(rows, workers)})
+    def nbytes(self, keys=None, summary=True):
+        """Bytes of the results that the workers hold: by the keys' first part, or by key."""
+
+        async def ask():
+            sizes = collections.Counter()
+            for key, nbytes in (await self._ask("nbytes", keys or ())).items():
+                first = key if isinstance(key, str) else key[0]
+                sizes[(first.rpartition("-")[0] or first) if summary else key] += nbytes
+            return dict(sizes)
+
+        return self._run(ask())
 
     def scheduler_info(self):
         """The scheduler's address, and what it knows of its workers."""
-
-        # dask: it is what it was a moment ago, there as well, in an asynchronous client.
-        rows = self._workers if self.asynchronous else self._look(list)
-        workers = {row["address"]: row for row in rows}
+        # dask: in an asynchronous client it is what it was a moment ago; here, too.
+        workers = self._workers if self.asynchronous else self._run(self._ask("workers"))
         return {"type": "Scheduler", "address": self._address, "workers": workers}
 
     def story(self, *keys):
         """The transitions of tasks: [(key, start, finish, attempt, worker)]"""
-        keys = [getattr(key, "key", key) for key in keys]
-        return self._look(lambda rows: [(to_key(r[0]), *r[1:]) for r in rows], "story", keys)
+
+        async def ask():
+            return list((await self._ask("story", [getattr(k, "key", k) for k in keys])).values())
+
+        return self._run(ask())
 
     def wait_for_workers(self, n_workers, timeout=None):
         """Wait until so many workers are there.  Raises TimeoutError after ``timeout`` seconds."""
@@ -3574,15 +3567,12 @@ class Client(Threaded, Body):
             raise ValueError(f"n_workers={n_workers!r} is no positive whole number")
 
         async def wait_for_workers():
-            there = 0
-            try:
-                async with asyncio.timeout(seconds(timeout)):
-                    while there < n_workers:
-                        there = len(await self._ask_workers())
-                        await asyncio.sleep(0.01 if there < n_workers else 0)
-            except TimeoutError:
-                text = f"{there} of {n_workers} workers are there after {timeout} s"
-                raise TimeoutError(text) from None
+            start, limit = time.monotonic(), seconds(timeout)
+            while (there := len(await self._ask("workers"))) < n_workers:
+                if limit is not None and time.monotonic() - start > limit:
+                    text = f"{there} of {n_workers} workers are there after {timeout} s"
+                    raise TimeoutError(text)
+                await asyncio.sleep(0.01)
 
         return self._run(wait_for_workers())
 
@@ -3601,16 +3591,16 @@ class Client(Threaded, Body):
             raise TypeError("run takes no futures: gather them first")
 
         async def run():
-            rows = list(chosen(await self._ask_workers(), workers))
-            questions = [self._question(row["id"], "run", run_spec) for row in rows]
+            rows = {} if workers == [] else await self._ask("workers", names_of(workers))
+            questions = [self._question(row["id"], "run", run_spec) for row in rows.values()]
             answers = await asyncio.gather(*questions, return_exceptions=True)
             results = {}
-            for row, answer in zip(rows, answers, strict=True):
+            for address, answer in zip(rows, answers, strict=True):
                 if isinstance(answer, list) and answer[0] == "ok":
-                    results[row["address"]] = loads(answer[1])
+                    results[address] = loads(answer[1])
                 elif on_error != "ignore":
                     error = unpack_exception(answer[1]) if isinstance(answer, list) else answer
-                    results[row["address"]] = error
+                    results[address] = error
                     if on_error == "raise":
                         raise error
             return results
@@ -3629,10 +3619,9 @@ def names_of(workers):
     return names
 
 
-def chosen(rows, workers):
-    """The facts of those workers that a user called by address or name (None: of all)."""
-    names = None if workers is None else names_of(workers)
-    return [row for row in rows if names is None or {row["address"], row["name"]} & {*names}]
+def thaw(fact):
+    """What was a tuple before JSON made it a list."""
+    return tuple(map(thaw, fact)) if type(fact) is list else fact
 
 
 def leaves_of(obj):
@@ -3783,25 +3772,25 @@ class as_completed:
             yield self.next_batch()
 
     async def _wait(self):
-        left = None if self._deadline is None else self._deadline - time.monotonic()
-        async with asyncio.timeout(left):
-            while not self._ready:
-                self._waiter = asyncio.get_running_loop().create_future()
-                await self._waiter
+        while not self._ready:
+            self._waiter = asyncio.get_running_loop().create_future()
+            left = None if self._deadline is None else max(0, self._deadline - time.monotonic())
+            await asyncio.wait([self._waiter], timeout=left)
+            if not self._waiter.done():
+                raise TimeoutError(f"{self._left} futures are not done in time")
 
     def _take(self):
         future = self._ready.popleft()
         self._left -= 1
+        state = future._state
         if not self.with_results:
             return future
-        try:
-            return future, outcome(future._state)
-        except CancelledError as error:
-            return future, error
-        except Exception as error:
-            if self.raise_errors:
-                raise
+        if state.status == "cancelled":
+            return future, CancelledError(f"{state.key!r}: {state.text}")
+        if failed(state) and not self.raise_errors:
+            error = failure(state)
             return future, (type(error), error, error.__traceback__)
+        return future, outcome(state)
 
     def __iter__(self):
         return self
