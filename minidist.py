@@ -56,6 +56,7 @@ import re
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -70,7 +71,7 @@ import cloudpickle
 
 # ============ Part one, what it decides: no I/O, no clock, no randomness, no callbacks ============
 
-# ---- 1. Vocabulary: LIMITS, MESSAGES, check_message, Queue, Mind, FetchingMind ----
+# ---- 1. Vocabulary: LIMITS, MESSAGES, check_message, HeapSet, Mind, FetchingMind ----
 #
 # The words that the other chapters share.  A *task* is a call with a key.  An *attempt* is one try
 # to compute a task on one worker; the scheduler numbers it.  A *want* is a client's wish to have
@@ -221,7 +222,7 @@ def check_message(message, frames, sender):
     return message
 
 
-class Queue(dict):
+class HeapSet(dict):
     """What waits, by priority; the smallest first.  Every item's ``priority`` is its own.
 
     An ordered set, and a heap from which anything may be taken: what was taken out stays in the
@@ -267,6 +268,10 @@ class Mind:
         self.outbox = []  # [(peer, message)], to be sent by the body
         self.marked = {}  # an ordered set of records that may not be what they should be
         self.story = deque(maxlen=LIMITS["story"])  # (key, start, finish, attempt, worker)
+        self.edges = {
+            edge: (getattr(self, leave), getattr(self, enter))
+            for edge, (leave, enter) in self.TRANSITIONS.items()
+        }
 
     def send(self, peer, op, *values):
         """Leave a message for a peer: ``values`` are the op's fields, in the order of MESSAGES."""
@@ -302,10 +307,10 @@ class Mind:
         # dask: has a method for each edge.  What it means to leave and to enter a state (Harel's
         # statecharts call it exit and entry actions) is said once here, whatever the edge.
         start = record.state
-        leave, enter = self.TRANSITIONS[start, finish]
-        getattr(self, leave)(record)
+        leave, enter = self.edges[start, finish]
+        leave(record)
         record.state = finish
-        getattr(self, enter)(record)
+        enter(record)
         self.story.append((record.key, start, finish, *record.where()))
 
 
@@ -678,7 +683,7 @@ class TaskState:
     # ``waiters``: a task stays a waiter of a dependency that has its value.
     waiting_on: "dict[TaskState, None] | tuple[()]" = ()
     # In "queued" only: where it waits, and for how long it is expected to run.
-    queue: "Queue | None" = None
+    queue: "HeapSet | None" = None
     estimate_us: int = 0
     # In "processing" only.  Transpose: WorkerState.processing, and for data WorkerState.arriving.
     processing_on: "WorkerState | None" = None
@@ -723,7 +728,7 @@ class WorkerState:
     processing: dict  # {attempt: (TaskState, duration_us)}
     arriving: dict  # {attempt: TaskState}: data that a client puts there, copies that it fetches
     has_what: dict  # an ordered set of TaskStates; transpose: TaskState.who_has
-    queue: "Queue | None" = None  # what waits for this very worker
+    queue: "HeapSet | None" = None  # what waits for this very worker
     nbytes: int = 0  # sum over has_what
     occupancy: int = 0  # microseconds of work, sent or queued
     short_us: int = 0  # of it: sent, and known to be short
@@ -777,7 +782,7 @@ class SchedulerMind(Mind):
         self.tasks = {}  # {key: TaskState}
         self.workers = {}  # {id: WorkerState}
         self.clients = {}  # {id: ClientState}
-        self.queue = Queue()  # runnable tasks that any worker may take
+        self.queue = HeapSet()  # runnable tasks that any worker may take
         self.unrunnable = {}  # an ordered set of the tasks in "no-worker"
         # Every worker stands in the set of its load.  (OrderedDict: its first is found at once,
         # however many were taken out before it; in a dict they would be passed over each time.)
@@ -967,7 +972,7 @@ class SchedulerMind(Mind):
             return
         tables = dict(processing={}, arriving={}, has_what={})
         ws = WorkerState(worker, name, nthreads, self.now_us, **tables)
-        ws.queue = Queue(ws)
+        ws.queue = HeapSet(ws)
         self.workers[worker] = ws
         self.by_load[EMPTY][ws] = None
         self.changed[ws] = None
@@ -1306,9 +1311,10 @@ class SchedulerMind(Mind):
 
     def enter_no_worker(self, ts):
         self.unrunnable[ts] = None
-        for cs in ts.who_wants if ts.restrictions else ():
-            text = f"{ts.key!r} waits: no worker is called {' or '.join(ts.restrictions)}"
-            self.send(cs.id, "warning", text)
+        # Without any worker, one warning is enough for all that wait.
+        for cs in ts.who_wants if ts.restrictions or len(self.unrunnable) == 1 else ():
+            called = f" called {' or '.join(ts.restrictions)}" if ts.restrictions else ""
+            self.send(cs.id, "warning", f"{ts.key!r} waits: there is no worker{called}")
 
     def leave_no_worker(self, ts):
         del self.unrunnable[ts]
@@ -1746,7 +1752,7 @@ class WorkerMind(FetchingMind):
         self.attempts = {}  # {number: Attempt}, until its end was told
         self.data = {}  # an ordered set of (key, attempt): the values held; the body has them
         self.needed_by = {}  # {(key, attempt): ordered set of Attempts that have not started}
-        self.ready = Queue()  # attempts that a thread can begin
+        self.ready = HeapSet()  # attempts that a thread can begin
         self.leaving = False
 
     def stimulus_compute_task(self, peer, key, attempt, name, run_spec, places, order, wanted):
@@ -2536,7 +2542,7 @@ class Scheduler(Body):
         ttl_us = int(seconds(worker_ttl) * 1_000_000)
         super().__init__(SchedulerMind(first_attempt=time.time_ns() // 1000, ttl_us=ttl_us))
         self.host, self.port, self.worker_ttl = host, port, seconds(worker_ttl)
-        self.watched = {}  # {worker's name: a task that ends with how its process ended}
+        self.watched = {}  # {worker's name: its process, if we started it}
         self.ended = asyncio.Event()
 
     async def __aenter__(self):
@@ -2564,13 +2570,14 @@ class Scheduler(Body):
             raise ProtocolError(f"a {connection.peer} that does not register, or is here already")
         logger.info("%s joined", peer)
         how = ["connection lost"] if connection.peer == "worker" else []
-        exit = self.watched.get(batch[0].get("name")) if how else None
+        process = self.watched.get(batch[0].get("name")) if how else None
         try:
             await self.follow(peer, connection, batch)
-            if exit and peer in self.state.workers:
-                # Its parent knows better how it was lost, and will very soon.
-                with contextlib.suppress(TimeoutError):
-                    how = [await asyncio.wait_for(asyncio.shield(exit), 5)]
+            if process and peer in self.state.workers:
+                with contextlib.suppress(TimeoutError):  # How it ended says more.
+                    how = [await asyncio.wait_for(describe_exit(process), 5)]
+            elif process:
+                process.kill()  # It was silent for too long.
         finally:
             logger.info("%s left", " ".join([peer, *how]))
             how = [f"{text} at {time.strftime('%H:%M:%S')}" for text in how]
@@ -2681,8 +2688,10 @@ class Worker(Body):
 
     def take(self, peer, op, fields):
         """What the mind wants to hold is stored, and what it is told to free is not any more."""
-        if op == "goodbye":
-            self.dismissed = True
+        if op in ("goodbye", "refused"):
+            self.dismissed = op == "goodbye"
+            if op == "refused":
+                logger.warning("The scheduler hangs up: %s", fields["text"])
             self.scheduler.hang_up()
             return
         super().take(peer, op, fields)
@@ -2813,7 +2822,7 @@ class Worker(Body):
                 if "dask_worker" in inspect.signature(func).parameters:
                     kwargs["dask_worker"] = self
             result = await asyncio.to_thread(func, *args, **kwargs)
-            if asyncio.iscoroutine(result):
+            if inspect.iscoroutine(result):
                 result = await result
             status, value = "ok", dumps(result)
         except BaseException as error:
@@ -3444,14 +3453,20 @@ class Client(Threaded, Body):
             futures = shape(*items) if hasattr(data, "_fields") else shape(items)
         else:
             futures = scatter_one(data)
-        leaves = list(leaves_of(futures))
 
-        def finish():
-            for future in leaves:
+        async def put():
+            try:
+                await self._settle(list(leaves_of(futures)), timeout)
+            except TimeoutError:
+                there = len(await self._ask("workers", options[0]))
+                called = f" called {workers!r}" if workers else ""
+                text = f"not scattered after {timeout} s, with {there} workers{called}"
+                raise TimeoutError(text if there else f"{text}: no worker is there") from None
+            for future in leaves_of(futures):
                 failure(future._state)
             return futures
 
-        return self._wait_for(leaves, finish, timeout)
+        return self._run(put())
 
     # Results.
 
@@ -3608,15 +3623,26 @@ class Client(Threaded, Body):
         return self._run(run())
 
     def __repr__(self):
-        return f"<Client: {self._refusal[1] if self._refusal else self._address}>"
+        if self._refusal:
+            return f"<Client: {self._refusal[1]}>"
+        if not self.asynchronous and threading.current_thread() is not self._thread:
+            with contextlib.suppress(OSError):
+                self._run(self._ask("workers"), timeout=1)
+        return f"<Client: {self._address}, {described(self._workers.values())}>"
 
 
 def names_of(workers):
     """What a user called workers by, as a list."""
-    names = [workers] if isinstance(workers, str) else list(workers or ())
-    if not all(isinstance(name, str) for name in names):
+    names = [workers] if isinstance(workers, str) else workers or ()
+    if not isinstance(names, (list, tuple, set)) or not all(isinstance(n, str) for n in names):
         raise TypeError(f"workers={workers!r} is no address, host or name, nor a list of them")
-    return names
+    return list(names)
+
+
+def described(workers):
+    """How many workers there are, with how many threads, and how much they hold."""
+    threads, nbytes = (sum(row[field] for row in workers) for field in ("nthreads", "nbytes"))
+    return f"{len(workers)} workers, {threads} threads, {nbytes / 1e6:,.1f} MB in memory"
 
 
 def thaw(fact):
@@ -3840,31 +3866,32 @@ class LocalCluster(Threaded):
         self.address = self.scheduler.address
         names = [str(number) for number in range(self.n_workers)]
         if self.processes:
-            started = [asyncio.Event() for _ in names]
-            for name, event in zip(names, started, strict=True):
-                self.scheduler.start(self._keep(name, event))
-            await asyncio.gather(*(event.wait() for event in started))
+            for name in names:
+                self.scheduler.start(self._keep(name))
+            async with asyncio.timeout(60):  # Why they do not start they say on standard error.
+                while len(self.scheduler.state.workers) < len(names):
+                    await asyncio.sleep(0.01)
         else:
             for name in names:
                 worker = Worker(self.address, self.threads_per_worker, name)
                 self.workers.append(await worker.__aenter__())
         return self
 
-    async def _keep(self, name, started):
+    async def _keep(self, name):
         """Run a worker process; when it is lost, another."""
-        arguments = [self.address, "--nthreads", self.threads_per_worker, "--name", name]
+        threads = self.threads_per_worker
+        arguments = [self.address, "--nthreads", threads, "--name", name, "--quiet"]
         while True:
-            process = await start_worker(*arguments)
+            start = time.monotonic()
+            self.scheduler.watched[name] = process = await start_worker(*arguments)
             try:
-                self.scheduler.watched[name] = asyncio.ensure_future(describe_exit(process))
-                if not await process.stdout.readline():
-                    await asyncio.sleep(1)  # It did not even start: be patient with the next.
-                started.set()
-                await asyncio.shield(self.scheduler.watched[name])
+                await process.wait()
             finally:
                 if process.returncode is None:
                     process.kill()
                     await process.wait()
+            if time.monotonic() - start < 1 and process.returncode == 1:
+                await asyncio.sleep(1)  # It did not even start: be patient with the next.
 
     async def _close(self):
         for worker in self.workers:
@@ -3872,18 +3899,16 @@ class LocalCluster(Threaded):
         await self.scheduler.close()
 
     def __repr__(self):
-        workers = self.scheduler.state.workers.values()
-        threads = sum(ws.nthreads for ws in workers)
-        return f"<LocalCluster: {self.address}, {len(workers)} workers, {threads} threads>"
+        rows = [facts for _, facts in self.scheduler.state.facts_workers(())]
+        return f"<LocalCluster: {self.address}, {described(rows)}>"
 
 
 async def start_worker(*arguments):
     """A process of the command line, which ends when its standard input does: so with us."""
-    pipe = asyncio.subprocess.PIPE
     command = [sys.executable, __file__, "worker", *map(str, arguments), "--until-stdin-ends"]
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     env = {**os.environ, "PYTHONPATH": path}
-    return await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, env=env)
+    return await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, env=env)
 
 
 async def describe_exit(process):
@@ -3916,7 +3941,8 @@ def parse(argv):
     text = "the worker's name in the cluster (its address); of several, with -0, -1, ... appended"
     worker.add_argument("--name", help=text)
     worker.add_argument("--nworkers", type=int, default=1, help="how many processes (1)")
-    worker.add_argument("--until-stdin-ends", action="store_true", help=argparse.SUPPRESS)
+    for option in ("--until-stdin-ends", "--quiet"):
+        worker.add_argument(option, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.command == "worker" and min(options.nthreads, options.nworkers) < 1:
         parser.error("--nthreads and --nworkers must be at least 1")
@@ -3974,7 +4000,8 @@ async def run_worker(options):
     if options.until_stdin_ends:
         threading.Thread(target=end_with_stdin, daemon=True).start()
     async with Worker(options.address, options.nthreads, options.name, timeout=None) as worker:
-        print(f"Worker {worker.name} at {worker.address}", flush=True)
+        if not options.quiet:
+            print(f"Worker {worker.name} at {worker.address}", flush=True)
         try:
             await asyncio.wait([worker.finished])
         except asyncio.CancelledError:
@@ -3991,7 +4018,6 @@ async def run_workers(options):
         name = ["--name", f"{options.name}-{number}"] if options.name else []
         arguments = [options.address, "--nthreads", options.nthreads, *name]
         processes.append(await start_worker(*arguments))
-        print((await processes[-1].stdout.readline()).decode(), end="", flush=True)
     try:
         codes = await asyncio.gather(*(process.wait() for process in processes))
         if any(codes):
@@ -4003,7 +4029,9 @@ async def run_workers(options):
 
 
 def end_with_stdin():
-    sys.stdin.buffer.read()
+    """End when whoever holds the other end of standard input does, however that ends."""
+    while os.read(0, 1000):
+        pass
     os._exit(0)
 
 
