@@ -2637,7 +2637,7 @@ class Worker(Body):
         self.store = {}  # {(key, attempt): value or Packed}
         self.done = deque()  # (stimulus, its arguments, result): what threads hand back
         self.waking = self.ticking = self.closed = False
-        self.dismissed = False  # The scheduler said good-bye.
+        self.parting = "it is gone"  # why the scheduler's stream has ended; "" after a good-bye
 
     async def __aenter__(self):
         """Connect, listen where the scheduler was reached from, register, start the threads."""
@@ -2689,9 +2689,7 @@ class Worker(Body):
     def take(self, peer, op, fields):
         """What the mind wants to hold is stored, and what it is told to free is not any more."""
         if op in ("goodbye", "refused"):
-            self.dismissed = op == "goodbye"
-            if op == "refused":
-                logger.warning("The scheduler hangs up: %s", fields["text"])
+            self.parting = fields.get("text", "")
             self.scheduler.hang_up()
             return
         super().take(peer, op, fields)
@@ -4007,8 +4005,8 @@ async def run_worker(options):
         except asyncio.CancelledError:
             await worker.leave()
             raise
-    if not worker.dismissed:
-        raise ConnectionError(f"the scheduler at {options.address} is gone")
+    if worker.parting:
+        raise ConnectionError(f"lost the scheduler at {options.address}: {worker.parting}")
 
 
 async def run_workers(options):
