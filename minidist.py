@@ -198,9 +198,11 @@ def convert(kind, value, frames):
 
 
 def parse_line(line):
-    """A line of MESSAGES as (senders, names of the fields)."""
+    """A line of MESSAGES as (senders, names of the fields, [(field, kind)])."""
     route, _, fields = line.partition(":")
-    return route.partition(" > ")[0].split("|"), ("op", *fields.split())
+    names = fields.split()
+    senders = route.partition(" > ")[0].split("|")
+    return senders, ("op", *names), [(name, FIELDS[name]) for name in names]
 
 
 OPS = {op: parse_line(line) for op, line in MESSAGES.items()}
@@ -212,11 +214,12 @@ def check_message(message, frames, sender):
     ``sender`` is the kind of peer that it came from.  A ``ProtocolError`` says what is wrong.
     """
     try:
-        senders, names = OPS[message["op"]]
+        senders, names, kinds = OPS[message["op"]]
         if sender not in senders or tuple(message) != names:
             raise ValueError(f"a {sender} sends {names}, if at all")
-        for field in names[1:]:
-            message[field] = convert(FIELDS[field], message[field], frames)
+        for field, kind in kinds:
+            if type(message[field]) is not kind:  # (Most fields are of plain kinds.)
+                message[field] = convert(kind, message[field], frames)
     except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"not a message: {message!r:.200} ({error})") from error
     return message

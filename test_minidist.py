@@ -1555,7 +1555,7 @@ def some_batches(draw):
     """(who sends them, batches of any messages that it may send)."""
     sender = draw(st.sampled_from(senders))
     messages = []
-    for op, (some, names) in minidist.OPS.items():
+    for op, (some, names, _) in minidist.OPS.items():
         if sender in some:
             values = [of_kind(minidist.FIELDS[name]) for name in names[1:]]
             made = st.tuples(st.just(op), *values)
