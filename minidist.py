@@ -2580,7 +2580,8 @@ class Scheduler(Body):
                 with contextlib.suppress(TimeoutError):  # How it ended says more.
                     how = [await asyncio.wait_for(describe_exit(process), 5)]
             elif process:
-                process.kill()  # It was silent for too long.
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()  # It was silent for too long.
         finally:
             logger.info("%s left", " ".join([peer, *how]))
             how = [f"{text} at {time.strftime('%H:%M:%S')}" for text in how]
@@ -3859,7 +3860,8 @@ class LocalCluster(Threaded):
         self.n_workers, self.processes = n_workers, processes
         self.threads_per_worker = threads_per_worker or max(1, cores // max(n_workers, 1))
         self.scheduler = Scheduler(**options)
-        self.workers = []  # the Workers, if they live in this process
+        self.workers = []  # the Workers, if they live in this process, ...
+        self.keepers = []  # ... else the tasks that keep worker processes running
         self._live(asynchronous)
 
     async def __aenter__(self):
@@ -3867,8 +3869,7 @@ class LocalCluster(Threaded):
         self.address = self.scheduler.address
         names = [str(number) for number in range(self.n_workers)]
         if self.processes:
-            for name in names:
-                self.scheduler.start(self._keep(name))
+            self.keepers = [self.scheduler.start(self._keep(name)) for name in names]
             async with asyncio.timeout(60):  # Why they do not start they say on standard error.
                 while len(self.scheduler.state.workers) < len(names):
                     await asyncio.sleep(0.01)
@@ -3888,13 +3889,16 @@ class LocalCluster(Threaded):
             try:
                 await process.wait()
             finally:
-                if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
                     process.kill()
-                    await process.wait()
+                await process.wait()
             if time.monotonic() - start < 1 and process.returncode == 1:
                 await asyncio.sleep(1)  # It did not even start: be patient with the next.
 
     async def _close(self):
+        for keeper in self.keepers:
+            keeper.cancel()
+        await asyncio.gather(*self.keepers, return_exceptions=True)
         for worker in self.workers:
             await worker.close()
         await self.scheduler.close()
@@ -4008,7 +4012,7 @@ async def run_worker(options):
         except asyncio.CancelledError:
             await worker.leave()
             raise
-    if worker.parting:
+    if worker.parting and not options.quiet:  # A local cluster knows it is ending.
         raise ConnectionError(f"lost the scheduler at {options.address}: {worker.parting}")
 
 
@@ -4024,8 +4028,9 @@ async def run_workers(options):
         if any(codes):
             raise ConnectionError("workers ended with exit codes " + ", ".join(map(str, codes)))
     finally:
-        for process in [process for process in processes if process.returncode is None]:
-            process.terminate()
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
             await process.wait()
 
 

@@ -1,0 +1,801 @@
+"""What goes wrong with processes, and what ends well all the same.
+
+    Lost workers     killed, asked to end, silent; KilledWorker; lost data; vanished clients
+    Processes        several workers by one command, the local cluster, scripts, shutdown
+    Tasks            retries, workers=, coroutines, callbacks, fire_and_forget
+    Data and run     scatter, futures where they do not belong, Client.run
+
+Tests wait on events: a task calls home (see ``caller``), or a connection ends because the process
+that had opened it did.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import os
+import queue
+import re
+import select
+import signal
+import socket
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+import minidist
+from minidist import (
+    ALLOWED_FAILURES,
+    CancelledError,
+    Client,
+    KilledWorker,
+    LocalCluster,
+    Worker,
+    fire_and_forget,
+    get_worker,
+    wait,
+)
+from test_minidist import (  # noqa: F401
+    GATES,
+    ROOT,
+    RUNS,
+    SCRIPT,
+    address_of,
+    environment,
+    listener,
+    on_cluster,
+    process,
+    scheduler,
+    through,
+    until,
+)
+
+# ---- Helpers: tasks that travel by value, calls home, workers, nothing is left ----
+
+
+def by_value(function):
+    """A function that is pickled as it is: workers need not import this file, and pytest with it."""
+    function.__module__ = "__main__"
+    return function
+
+
+@by_value
+def call_home(port, value=None):
+    """A task that tells its pid to the test, and waits to be hung up on."""
+    with socket.create_connection(("127.0.0.1", port)) as home:
+        home.sendall(os.getpid().to_bytes(8, "big"))
+        home.recv(1)
+    return value
+
+
+@by_value
+def stay_in_touch(port, dask_worker):
+    """Opens a connection to the test that lasts as long as the worker's process."""
+    dask_worker.line = socket.create_connection(("127.0.0.1", port))
+    dask_worker.line.sendall(os.getpid().to_bytes(8, "big"))
+
+
+@by_value
+def note(path, value):
+    """A task that leaves a mark each time it runs, and has a large result."""
+    with open(path, "a") as file:
+        file.write(f"{value}\n")
+    return [value] * 100_000
+
+
+@by_value
+def kill_yourself():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@by_value
+def run_beside(port, path, value):
+    """The first time, it calls home; later it stays for as long as an ``os._exit`` is there."""
+    with contextlib.suppress(FileExistsError):
+        path.touch(exist_ok=False)
+        call_home(port)
+    while any(attempt.name == "_exit" for attempt in [*get_worker().state.attempts.values()]):
+        time.sleep(0.001)
+    return value
+
+
+@contextlib.contextmanager
+def caller(listener):  # noqa: F811
+    """The next who calls home: (the connection, its pid); hung up on at the end."""
+    line, _ = listener.accept()
+    with line:
+        line.settimeout(30)
+        yield line, int.from_bytes(line.recv(8), "big")
+
+
+def port_of(listener):  # noqa: F811
+    return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def workers(address, *names):
+    """Processes with one worker of one thread each, registered in this order."""
+    with contextlib.ExitStack() as stack:
+        some = []
+        for name in names:
+            command = [SCRIPT, "worker", address, "--nthreads", 1, "--name", name]
+            some.append(stack.enter_context(process(*command)))
+            some[-1].address = address_of(some[-1])
+        yield some
+
+
+def end_of(p):
+    """How a process ended, of which all children have ended too: (exit code, what it said)."""
+    _, err = p.communicate(timeout=30)
+    assert "Traceback" not in err and "Fatal" not in err, err
+    return p.returncode, err
+
+
+def names_of_workers(c):
+    return sorted(row["name"] for row in c.scheduler_info()["workers"].values())
+
+
+def pids_with(token):
+    """The processes of this test.  (Where there is no /proc, nobody looks.)"""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if token.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(environment, monkeypatch, capfd):  # noqa: F811
+    """Every process of a test knows its token, ends with the test, and shows no traceback."""
+    token = f"the secret of this test: {uuid.uuid4()}"
+    monkeypatch.setenv("MINIDIST_TOKEN", token)
+    yield
+    left = {pid: os.pidfd_open(pid) for pid in pids_with(token)}
+    late = [pid for pid, ends in left.items() if not select.select([ends], [], [], 5)[0]]
+    for pid, ends in left.items():
+        os.close(ends)
+    for pid in late:
+        os.kill(pid, signal.SIGKILL)
+    assert not late, "processes were left running"
+    err = capfd.readouterr().err
+    assert "Traceback" not in err and "Fatal" not in err, err
+
+
+# ---- Lost workers ----
+
+
+@pytest.mark.parametrize(
+    "function, arguments, how", [(os._exit, [3], "exit code 3"), (kill_yourself, [], "SIGKILL")]
+)
+def test_a_task_that_ends_its_process_is_a_killed_worker_who_names_workers_ways_and_times(
+    function, arguments, how
+):
+    with Client(n_workers=2, threads_per_worker=1) as c:
+        error = c.submit(function, *arguments).exception(30)
+        assert type(error) is KilledWorker
+        death = rf"tcp://[\d.]+:\d+#\w+ \((\d)\): [\w ]*{how} at \d\d:\d\d:\d\d"
+        names = re.findall(death, str(error))
+        assert len(names) == ALLOWED_FAILURES + 1 and set(names) <= {"0", "1"}, str(error)
+
+
+def test_what_ran_beside_a_task_that_ends_its_process_has_its_result(
+    listener,  # noqa: F811
+    tmp_path,
+):
+    with Client(n_workers=1, threads_per_worker=3) as c:
+        port = port_of(listener)
+        innocent = [c.submit(run_beside, port, tmp_path / str(n), n) for n in range(2)]
+        with caller(listener), caller(listener):  # They run now, in the very same process.
+            bad, waiting = c.submit(os._exit, 3), c.map(pow, range(20), [2] * 20)
+            assert type(bad.exception(30)) is KilledWorker
+            assert c.gather([innocent, waiting]) == [[0, 1], [n * n for n in range(20)]]
+
+
+def test_workers_that_a_local_cluster_loses_are_replaced_under_their_names():
+    with Client(n_workers=2, threads_per_worker=1) as c:
+        first = c.run(os.getpid)
+        for pid in first.values():
+            os.kill(pid, signal.SIGKILL)
+        ran = c.submit(os.getpid, pure=False).result(30)  # By a new one: all others are dead.
+        assert ran not in first.values()
+        c.wait_for_workers(2, timeout=30)
+        assert names_of_workers(c) == ["0", "1"]
+        assert not set(c.run(os.getpid).values()) & set(first.values())
+
+
+def test_a_worker_that_is_asked_to_end_hands_its_data_over(scheduler):  # noqa: F811
+    with workers(scheduler.address, "a", "b") as (a, b), Client(scheduler.address) as c:
+        data = c.scatter({n: [n] * 100_000 for n in "xyz"}, workers="a")
+        assert set(c.who_has(data).values()) == {(a.address,)}
+        a.send_signal(signal.SIGTERM)
+        assert end_of(a) == (0, "")
+        assert c.gather(data) == {n: [n] * 100_000 for n in "xyz"}
+        assert set(c.who_has(data).values()) == {(b.address,)}
+
+
+def test_what_a_worker_that_is_asked_to_end_has_computed_is_not_computed_again(
+    scheduler,  # noqa: F811
+    tmp_path,
+):
+    with workers(scheduler.address, "a", "b") as (a, b), Client(scheduler.address) as c:
+        path = str(tmp_path / "runs")
+        options = {"workers": "a", "allow_other_workers": True}
+        futures = [c.submit(note, path, n, **options) for n in range(3)]
+        wait(futures, timeout=30)
+        a.send_signal(signal.SIGTERM)
+        assert end_of(a) == (0, "")
+        assert c.submit(lambda lists: [len(each) for each in lists], futures).result(30) == (
+            [100_000] * 3
+        )
+        assert [each[0] for each in c.gather(futures)] == [0, 1, 2]
+        assert sorted(Path(path).read_text().split()) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_that_is_asked_to_end_leaves_its_task_to_another(
+    scheduler,  # noqa: F811
+    listener,  # noqa: F811
+    number,
+):
+    with workers(scheduler.address, "a", "b") as (a, b), Client(scheduler.address) as c:
+        future = c.submit(call_home, port_of(listener), "done")
+        with caller(listener) as (_, pid):
+            first, other = (a, b) if pid == a.pid else (b, a)
+            first.send_signal(number)
+            assert end_of(first) == (0, "")
+            with caller(listener) as (_, again):
+                assert (pid, again) == (first.pid, other.pid)
+        assert future.result(30) == "done"
+
+
+@contextlib.contextmanager
+def silenced(listener):  # noqa: F811
+    """A cluster where a worker is stopped in the middle of a task: (worker, other, future)."""
+    with process(SCRIPT, "scheduler", "--port", 0, "--worker-ttl", 1) as s:
+        address = address_of(s)
+        with workers(address, "a", "b") as (a, b), Client(address) as c:
+            future = c.submit(call_home, port_of(listener), "done")
+            with caller(listener) as (_, pid):
+                silent, other = (a, b) if pid == a.pid else (b, a)
+                silent.send_signal(signal.SIGSTOP)
+                yield silent, other, future
+
+
+def test_a_worker_that_is_silent_for_too_long_is_dead_and_its_task_runs_elsewhere(
+    listener,  # noqa: F811
+):
+    with silenced(listener) as (silent, other, future):
+        with caller(listener) as (_, pid):
+            assert pid == other.pid
+        assert future.result(30) == "done"
+
+
+def test_a_worker_that_was_declared_dead_ends_with_exit_code_1_and_says_why_in_one_line(
+    listener,  # noqa: F811
+):
+    with silenced(listener) as (silent, _, _):
+        with caller(listener):  # Its task runs elsewhere: it is dead.
+            silent.send_signal(signal.SIGCONT)
+            code, err = end_of(silent)
+        assert code == 1 and len(err.splitlines()) == 1, err
+        assert re.search("silent|is gone", err), err
+
+
+def test_scattered_data_is_lost_with_its_only_holder_and_who_needs_it_is_told_so(
+    scheduler,  # noqa: F811
+    listener,  # noqa: F811
+):
+    with workers(scheduler.address, "a", "b") as (a, b), Client(scheduler.address) as c:
+        data = c.scatter({"the-data": [1] * 100_000}, workers="a")["the-data"]
+        running = c.submit(call_home, port_of(listener), data)
+        waiting = c.submit(len, running)
+        with caller(listener) as (_, pid):
+            assert pid == a.pid
+            a.kill()
+            for lost in [data, running, waiting]:
+                with pytest.raises(CancelledError, match=rf"'the-data'.*{a.address}.*\(a\)"):
+                    lost.result(30)
+                assert lost.status == "cancelled"
+
+
+def test_what_was_gathered_outlives_the_data_that_it_was_made_from(
+    scheduler,  # noqa: F811
+):
+    with workers(scheduler.address, "a", "b") as (a, b), Client(scheduler.address) as c:
+        data = c.scatter(b"x" * 100_000, workers="a")
+        size = c.submit(len, data)
+        assert size.result(30) == 100_000
+        a.kill()
+        with pytest.raises(CancelledError):
+            data.result(30)
+        assert size.result() == 100_000 and size.status == "finished"
+
+
+def test_what_was_made_from_lost_data_and_is_held_elsewhere_stays_readable(
+    scheduler,  # noqa: F811
+):
+    with workers(scheduler.address, "a", "b") as (a, b), Client(scheduler.address) as c:
+        data = c.scatter(b"x" * 100_000, workers="a")
+        beside_it = c.submit(bytes.upper, data, workers="a")
+        elsewhere = c.submit(bytes.lower, beside_it, workers="b")
+        wait([elsewhere], timeout=30)
+        beside_it.release()
+        a.kill()
+        with pytest.raises(CancelledError):
+            data.result(30)
+        assert elsewhere.result(30) == b"x" * 100_000
+
+
+def test_what_only_a_vanished_client_wanted_is_freed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import signal, sys, minidist\n"
+        "client = minidist.Client(sys.argv[1])\n"
+        "futures = client.map(abs, [-1, -2, -3])\n"
+        "minidist.wait([*futures, client.scatter('data')])\n"
+        "print('ready', flush=True)\n"
+        "signal.pause()\n"
+    )
+
+    async def main():
+        async with (
+            minidist.Scheduler() as s,
+            Worker(s.address, nthreads=1) as a,
+            Client(s.address, asynchronous=True) as c,
+        ):
+            with process(script, s.address, PYTHONPATH=str(ROOT)) as p:
+                assert await asyncio.to_thread(p.stdout.readline) == "ready\n"
+                both = c.submit(abs, -2)
+                assert await both == 2
+                assert len(a.data) >= 3
+                p.kill()
+                await until(lambda: [*s.state.tasks] == [*a.data] == [both.key])
+            assert len(s.state.clients) == 1
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+# ---- Processes ----
+
+
+@contextlib.contextmanager
+def two_by_one_command(address):
+    """A process that starts workers x-0 and x-1."""
+    with process(SCRIPT, "worker", address, "--nworkers", 2, "--name", "x") as parent:
+        address_of(parent), address_of(parent)
+        yield parent
+
+
+def test_one_command_starts_several_workers_with_numbered_names(scheduler):  # noqa: F811
+    with two_by_one_command(scheduler.address) as parent, Client(scheduler.address) as c:
+        assert names_of_workers(c) == ["x-0", "x-1"]
+        pids = c.run(os.getpid).values()
+        assert len({*pids, parent.pid}) == 3, "processes of their own"
+        parent.terminate()
+        end_of(parent)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+def test_several_workers_of_one_command_end_with_it(
+    scheduler,  # noqa: F811
+    listener,  # noqa: F811
+    number,
+    code,
+):
+    with two_by_one_command(scheduler.address) as parent, Client(scheduler.address) as c:
+        c.run(stay_in_touch, port_of(listener))
+        with caller(listener) as (one, _), caller(listener) as (another, _):
+            parent.send_signal(number)
+            assert one.recv(1) == another.recv(1) == b""
+        assert end_of(parent) == (code, "")
+
+
+def test_several_workers_of_one_command_hand_their_data_over_when_it_is_asked_to_end(
+    scheduler,  # noqa: F811
+):
+    with two_by_one_command(scheduler.address) as parent, Client(scheduler.address) as c:
+        data = c.scatter({n: n * 100_000 for n in "xyz"})
+        with workers(scheduler.address, "a") as (a,):
+            parent.terminate()
+            assert end_of(parent) == (0, "")
+            assert set(c.who_has(data).values()) == {(a.address,)}
+            assert c.gather(data) == {n: n * 100_000 for n in "xyz"}
+
+
+def test_an_interrupt_from_the_terminal_ends_several_workers_of_one_command(
+    scheduler,  # noqa: F811
+):
+    with two_by_one_command(scheduler.address) as parent, Client(scheduler.address) as c:
+        for pid in [*c.run(os.getpid).values(), parent.pid]:
+            os.kill(pid, signal.SIGINT)
+        assert end_of(parent) == (0, "")
+
+
+def test_the_workers_of_a_local_cluster_end_when_the_process_that_made_them_is_killed(
+    listener,  # noqa: F811
+    tmp_path,
+):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import signal, socket, sys, minidist\n"
+        "def stay_in_touch(port, dask_worker):\n"
+        "    dask_worker.line = socket.create_connection(('127.0.0.1', port))\n"
+        "    dask_worker.line.sendall(bytes(8))\n"
+        "client = minidist.Client(n_workers=2)\n"
+        "client.run(stay_in_touch, int(sys.argv[1]))\n"
+        "signal.pause()\n"
+    )
+    with process(script, port_of(listener), PYTHONPATH=str(ROOT)) as p:
+        with caller(listener) as (one, _), caller(listener) as (another, _):
+            p.kill()
+            assert one.recv(1) == another.recv(1) == b""
+
+
+def test_a_worker_of_a_local_cluster_that_is_asked_to_end_is_replaced_and_its_data_kept(
+    listener,  # noqa: F811
+    caplog,
+):
+    with Client(n_workers=2, threads_per_worker=1) as c:
+        data = c.scatter(["x" * 100_000, "y" * 100_000])
+        c.run(stay_in_touch, port_of(listener), workers="0")
+        with caller(listener) as (line, pid):
+            os.kill(pid, signal.SIGTERM)
+            assert line.recv(1) == b""
+        c.wait_for_workers(2, timeout=30)
+        assert names_of_workers(c) == ["0", "1"] and pid not in c.run(os.getpid).values()
+        assert c.gather(data) == ["x" * 100_000, "y" * 100_000]
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_silent_worker_of_a_local_cluster_is_killed_and_replaced(listener):  # noqa: F811
+    with Client(n_workers=1, threads_per_worker=1, worker_ttl=1) as c:
+        c.run(stay_in_touch, port_of(listener))
+        with caller(listener) as (line, pid):
+            os.kill(pid, signal.SIGSTOP)
+            assert c.submit(os.getpid).result(30) != pid
+            assert line.recv(1) == b""
+
+
+def test_a_script_needs_no_main_guard_and_its_tasks_can_import_what_is_beside_it(tmp_path):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir(), elsewhere.mkdir()
+    (folder / "beside.py").write_text("def double(x):\n    return 2 * x\n")
+    (folder / "script.py").write_text(
+        "import beside\n"
+        "from minidist import Client\n"
+        "print('begins')\n"
+        "def through_main(x):\n"
+        "    import beside\n"
+        "    return beside.double(x)\n"
+        "client = Client(n_workers=4)\n"
+        "print(client.gather(client.map(beside.double, [1, 2])), end=' ')\n"
+        "print(client.submit(through_main, 3).result())\n"
+    )
+    with process(folder / "script.py", cwd=elsewhere, PYTHONPATH=str(ROOT)) as p:
+        out, err = p.communicate(timeout=30)
+        assert (out, err, p.returncode) == ("begins\n[2, 4] 6\n", "", 0)
+
+
+def test_without_processes_a_local_cluster_runs_tasks_in_threads_of_this_one():
+    with Client(processes=False) as c:
+        assert c.submit(os.getpid).result(30) == os.getpid()
+        assert list(c.nthreads().values()) == [os.cpu_count()]
+
+
+def test_a_local_cluster_has_as_many_workers_and_threads_as_asked_for():
+    with Client(n_workers=4, threads_per_worker=4) as c:
+        assert list(c.nthreads().values()) == [4] * 4
+        assert len({*c.run(os.getpid).values(), os.getpid()}) == 5, "processes of their own"
+
+
+def test_a_local_cluster_outlives_the_clients_that_it_is_given_to():
+    with LocalCluster(n_workers=1, threads_per_worker=1) as cluster:
+        with Client(cluster) as c:
+            pid = c.submit(os.getpid).result(30)
+        with Client(cluster) as c:
+            assert c.submit(os.getpid).result(30) == pid != os.getpid()
+
+
+def test_an_asynchronous_client_brings_a_local_cluster_and_ends_it():
+    async def main():
+        async with Client(asynchronous=True, n_workers=1) as c:
+            pid = await c.submit(os.getpid)
+            assert pid != os.getpid() and await c.submit(abs, -1) == 1
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_task_that_no_worker_is_there_for_is_warned_of(caplog):
+    with Client(n_workers=0) as c:
+        future = c.submit(abs, -1)
+        c.nthreads()  # What the scheduler had to say before has arrived with this answer.
+        assert future.status == "pending"
+        assert re.search("no worker", caplog.text)
+
+
+def test_shutdown_ends_scheduler_and_workers_and_nobody_complains(scheduler):  # noqa: F811
+    with workers(scheduler.address, "a") as (a,), two_by_one_command(scheduler.address) as parent:
+        c = Client(scheduler.address)
+        c.wait_for_workers(3, timeout=30)
+        c.shutdown()
+        ends = [end_of(p) for p in [scheduler, a, parent]]
+        assert [code for code, _ in ends] == [0, 0, 0], ends
+        assert not [err for _, err in ends if "is gone" in err], ends
+        with pytest.raises(RuntimeError, match="closed"):
+            c.submit(abs, -1)
+
+
+# ---- Tasks ----
+
+
+def test_a_callback_that_raises_is_logged_and_others_are_called_with_the_future(caplog):
+    called = queue.SimpleQueue()
+
+    def fail(future):
+        raise ArithmeticError("the callback's own fault")
+
+    with Client(n_workers=1, threads_per_worker=1, processes=False) as c:
+        good, bad = c.submit(abs, -1), c.submit(int, "no number")
+        for future in [good, bad]:
+            for callback in [called.put, fail, called.put]:
+                future.add_done_callback(callback)
+        assert {called.get(timeout=30) for _ in range(4)} == {good, bad}
+        wait([good])
+        good.add_done_callback(called.put)  # It is done already.
+        assert called.get(timeout=30) is good
+        assert caplog.text.count("ArithmeticError: the callback's own fault") == 2
+        assert repr(good.key) in caplog.text or good.key in caplog.text
+
+
+def add_up(values):
+    RUNS.append(sum(values))
+
+
+@on_cluster
+async def test_what_is_fired_and_forgotten_runs_though_its_client_has_left(c, a, b):
+    async with Client(c._address, asynchronous=True) as d:
+        blockers = [d.submit(through, 0, n) for n in range(3)]
+        fire_and_forget(d.submit(add_up, blockers))
+        d.submit(through, 1, "forgotten")
+        await until(lambda: len(RUNS) == 3)
+    GATES[0].set()
+    GATES[1].set()
+    await until(lambda: len(RUNS) == 4 and not (a.data or b.data))
+    assert sorted(RUNS) == [0, 1, 2, 3]
+
+
+FAILURES = []
+
+
+def fail_twice(value):
+    FAILURES.append(value)
+    if FAILURES.count(value) <= 2:
+        raise ArithmeticError(f"failure {len(FAILURES)}")
+    return value
+
+
+@on_cluster
+async def test_a_task_is_tried_again_as_often_as_it_has_retries(c, a, b):
+    FAILURES.clear()
+    assert await c.submit(fail_twice, "x", retries=2) == "x"
+    assert FAILURES == ["x"] * 3
+
+
+@on_cluster
+async def test_a_task_that_fails_more_often_than_it_has_retries_fails_with_its_last_error(c, a, b):
+    FAILURES.clear()
+    with pytest.raises(ArithmeticError, match="failure 2"):
+        await c.submit(fail_twice, "x", retries=1)
+    assert FAILURES == ["x"] * 2
+
+
+def name_of_worker(_=None):
+    return get_worker().name
+
+
+@on_cluster
+async def test_a_task_runs_only_where_it_may(c, a, b):
+    for some in ["b", b.address, b.address.removeprefix("tcp://"), ["b"], ("nobody", b.address)]:
+        futures = c.map(name_of_worker, range(6), workers=some, pure=False)
+        assert await c.gather(futures) == ["b"] * 6
+    for some in ["127.0.0.1", ["a", "b"]]:
+        futures = c.map(name_of_worker, range(6), workers=some, pure=False)
+        assert set(await c.gather(futures)) <= {"a", "b"}
+
+
+@on_cluster
+async def test_other_workers_run_a_task_only_while_none_of_its_own_is_there(c, a, b):
+    options = {"allow_other_workers": True, "pure": False}
+    assert await c.submit(name_of_worker, workers="nobody", **options) in {"a", "b"}
+    futures = c.map(name_of_worker, range(6), workers="b", **options)
+    assert await c.gather(futures) == ["b"] * 6
+
+
+def test_a_task_for_nobody_who_is_there_is_warned_of_and_runs_as_soon_as_he_joins(caplog):
+    @on_cluster
+    async def check(c, a, b):
+        caplog.clear()
+        future = c.submit(name_of_worker, workers="carol")
+        await c.nthreads()  # What the scheduler had to say before has arrived with this answer.
+        assert "carol" in caplog.text and future.status == "pending"
+        async with Worker(c._address, nthreads=1, name="carol"):
+            assert await future == "carol"
+
+    check("in this process")
+
+
+async def async_through(gate, value):
+    """As ``through``, for a coroutine function."""
+    RUNS.append(f"{value} begins")
+    while not GATES[gate].is_set():
+        await asyncio.sleep(0)
+    RUNS.append(f"{value} ends")
+    assert asyncio.get_running_loop() is get_worker().loop
+    return get_worker().name
+
+
+@on_cluster
+async def test_coroutine_functions_run_in_the_loop_of_the_worker(c, a, b):
+    async def fail():
+        raise ArithmeticError("later")
+
+    GATES[0].set()
+    assert await c.submit(async_through, 0, 1, workers="b") == "b"
+    with pytest.raises(ArithmeticError, match="later"):
+        await c.submit(fail)
+
+
+@on_cluster
+async def test_a_coroutine_counts_as_a_thread(c, a, b):
+    GATES[0].set()
+    await c.submit(async_through, 0, 0, workers="b")  # Known as short, others are sent early.
+    GATES[0].clear()
+    futures = [c.submit(async_through, 0, n, workers="b") for n in (1, 2)]
+    await until(lambda: len(RUNS) == 3)
+    assert await c.submit(abs, -1, workers="a") == 1
+    GATES[0].set()
+    assert await c.gather(futures) == ["b", "b"]
+    first, second = (run.split()[0] for run in RUNS[2::2])
+    assert RUNS[2:] == [f"{n} {what}" for n in (first, second) for what in ("begins", "ends")]
+
+
+# ---- Data and run ----
+
+
+def test_data_that_no_worker_is_there_for_raises_a_timeout_error_that_says_so():
+    with Client(n_workers=0) as c:
+        with pytest.raises(TimeoutError, match="no worker"):
+            c.scatter([1, 2, 3], timeout=0.1)
+        with pytest.raises(TimeoutError, match="no worker"):
+            c.scatter({"x": 1}, timeout="100 ms")
+
+
+@on_cluster
+async def test_broadcast_data_is_on_all_workers(c, a, b):
+    async with Worker(c._address, nthreads=1, name="carol") as third:
+        data = await c.scatter({"x": [1, 2], "y": "z"}, broadcast=True)
+        for each in [a, b, third]:
+            assert each.data == {"x": [1, 2], "y": "z"}
+        addresses = {each.address for each in [a, b, third]}
+        assert {key: {*some} for key, some in (await c.who_has(data)).items()} == {
+            "x": addresses,
+            "y": addresses,
+        }
+
+
+@pytest.mark.parametrize("deaf", [0, 1], ids=["the first holder", "who gets a copy"])
+def test_a_worker_that_dies_while_data_is_broadcast_to_it_does_not_hang_it(
+    scheduler,  # noqa: F811
+    deaf,
+):
+    async def main(some):
+        async with Client(scheduler.address, asynchronous=True) as c:
+            some[deaf].send_signal(signal.SIGSTOP)
+            scattering = asyncio.ensure_future(c.scatter({"x": 1}, broadcast=True))
+            begun = ("processing", "memory")[deaf]
+            while begun not in [finish for _, _, finish, _, _ in await c.story("x")]:
+                pass
+            some[deaf].kill()
+            data = await scattering
+            assert await data["x"] == 1
+            assert await c.who_has(data) == {"x": (some[1 - deaf].address,)}
+
+    with workers(scheduler.address, "a", "b") as some:
+        asyncio.run(asyncio.wait_for(main(some), 30))
+
+
+@on_cluster
+async def test_a_future_of_a_closed_client_is_no_argument(c, a, b):
+    async with Client(c._address, asynchronous=True) as d:
+        future = d.submit(abs, -1)
+        assert await future == 1
+    for call in [lambda: c.submit(abs, future), lambda: c.map(max, [[future]])]:
+        with pytest.raises(ValueError, match="another client"):
+            call()
+
+
+FUTURES = []
+
+
+def first_future():
+    return FUTURES[0]
+
+
+@on_cluster
+async def test_a_future_as_the_result_of_a_task_is_a_type_error_that_says_what_to_do(c, a, b):
+    FUTURES[:] = [c.submit(abs, -1, key="the-future")]
+    with pytest.raises(TypeError, match="'the-task'.*as an argument.*gather"):
+        await c.submit(first_future, key="the-task")
+    FUTURES.clear()
+
+
+@on_cluster
+async def test_a_future_in_scattered_data_is_a_type_error_that_says_what_to_do(c, a, b):
+    future = c.submit(abs, -1, key="the-future")
+    for data in [[future], {"x": future}, [{"deep": [future]}], future]:
+        with pytest.raises(TypeError, match="gather"):
+            await c.scatter(data)
+
+
+@on_cluster
+async def test_run_calls_a_function_on_each_worker_or_on_those_named(c, a, b):
+    def at_once(text, dask_worker, end=""):
+        return text + dask_worker.name + end
+
+    async def later(text, dask_worker, end=""):
+        await asyncio.sleep(0)
+        return text + dask_worker.name + end
+
+    for function in [at_once, later]:
+        assert await c.run(function, "I am ", end="!") == {
+            a.address: "I am a!",
+            b.address: "I am b!",
+        }
+    for some in ["b", ["b"], b.address]:
+        assert await c.run(name_of_worker, workers=some) == {b.address: "b"}
+
+
+def fail_on_b():
+    if get_worker().name == "b":
+        raise ArithmeticError("on b")
+    return "fine"
+
+
+@on_cluster
+async def test_run_raises_returns_or_ignores_errors(c, a, b):
+    with pytest.raises(ArithmeticError, match="on b"):
+        await c.run(fail_on_b)
+    results = await c.run(fail_on_b, on_error="return")
+    assert results[a.address] == "fine" and type(results[b.address]) is ArithmeticError
+    assert await c.run(fail_on_b, on_error="ignore") == {a.address: "fine"}
+
+
+@pytest.mark.parametrize("on_error", ["raise", "return", "ignore"])
+def test_a_worker_that_is_lost_while_it_runs_a_function_is_an_error(
+    scheduler,  # noqa: F811
+    listener,  # noqa: F811
+    on_error,
+):
+    with (
+        workers(scheduler.address, "a", "b") as (a, b),
+        Client(scheduler.address) as c,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        running = pool.submit(c.run, call_home, port_of(listener), "fine", on_error=on_error)
+        with caller(listener), caller(listener):
+            a.kill()
+            a.wait(30)
+        if on_error == "raise":
+            with pytest.raises(ConnectionError, match=a.address):
+                running.result(30)
+            return
+        results = running.result(30)
+        assert results.pop(b.address) == "fine"
+        assert [type(error) for error in results.values()] == (
+            [ConnectionError] if on_error == "return" else []
+        )
