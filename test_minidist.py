@@ -16,7 +16,6 @@ Each test's name is one claim.  The chapters follow those of ``minidist.py``.
 
 import ast
 import asyncio
-import concurrent.futures
 import contextlib
 import functools
 import inspect
@@ -1781,44 +1780,6 @@ async def test_inputs_travel_between_workers(c, a, b):
 
 
 @on_cluster
-async def test_map_goes_over_iterators_and_stops_at_the_shortest(c, a, b):
-    futures = c.map(pow, iter([2, 3, 4]), range(1, 3), mod=8)
-    assert await c.gather(futures) == [2, 1]
-    assert c.map(abs, []) == []
-
-
-@on_cluster
-async def test_gather_keeps_the_shape_of_nested_containers(c, a, b):
-    x, y = c.map(abs, [-1, -2])
-    assert await c.gather({"a": [x, (y, {x, y})], "b": {"c": x, "d": 5}, "e": []}) == {
-        "a": [1, (2, {1, 2})],
-        "b": {"c": 1, "d": 5},
-        "e": [],
-    }
-    assert await c.gather(x) == 1
-
-
-@on_cluster
-async def test_gather_raises_the_first_error_or_skips_what_failed(c, a, b):
-    good, bad = c.submit(abs, -1), c.submit(int, "no number")
-    with pytest.raises(ValueError, match="no number"):
-        await c.gather([good, bad])
-    assert await c.gather([bad, good, [bad], {"x": bad, "y": good}], errors="skip") == [
-        1,
-        [],
-        {"x": None, "y": 1},
-    ]
-
-
-@on_cluster
-async def test_wait_returns_when_all_are_done_whether_well_or_not(c, a, b):
-    good, bad = c.submit(abs, -1), c.submit(int, "no number")
-    done, not_done = await wait([good, bad])
-    assert (done, not_done) == ({good, bad}, set())
-    assert (good.status, bad.status) == ("finished", "error")
-
-
-@on_cluster
 async def test_a_future_tells_its_key_and_status_and_what_it_will_be(c, a, b):
     pending, bad = c.submit(through, 0, 5, key=("x", 1)), c.submit(int, "no number", key="bad")
     assert pending.key == ("x", 1) and pending.status == "pending" and not pending.done()
@@ -1907,54 +1868,6 @@ async def test_an_exception_comes_back_as_itself_with_the_frames_of_the_worker(c
 
 
 @on_cluster
-async def test_an_argument_that_a_worker_cannot_unpickle_fails_that_task_alone(c, a, b):
-    class Bomb:
-        def __reduce__(self):
-            return int, ("no number",)
-
-    good, bad = c.submit(abs, -1), c.submit(abs, Bomb(), key="the-bomb")
-    with pytest.raises(RuntimeError, match="the-bomb") as info:
-        await bad
-    assert type(info.value.__cause__) is ValueError
-    assert await good == 1 and await c.submit(abs, -2) == 2
-
-
-@on_cluster
-async def test_a_result_that_cannot_be_pickled_fails_alone_and_says_which(c, a, b):
-    lock, good = c.submit(threading.Lock, key="the-lock"), c.submit(abs, -1)
-    with pytest.raises(TypeError, match="the-lock.*pickle"):
-        await lock
-    assert await good == 1
-
-
-@on_cluster
-async def test_what_cannot_be_pickled_is_refused_at_the_call_and_named(c, a, b):
-    lock = threading.Lock()
-    with pytest.raises(TypeError, match="argument 1 of abs"):
-        c.submit(abs, 1, lock)
-    with pytest.raises(TypeError, match="argument 'mod' of pow"):
-        c.map(pow, [1], [2], mod=lock)
-    with pytest.raises(TypeError, match="function '.*lambda"):
-        c.submit(lambda: lock)
-
-
-@on_cluster
-async def test_a_closed_client_keeps_its_values_cancels_the_rest_and_refuses_calls(c, a, b):
-    here, pending = c.submit(abs, -1), c.submit(through, 0)
-    assert await here == 1
-    await c.close()
-    await c.close()
-    assert await here == 1 and pending.status == "cancelled"
-    for waiting in [pending.result(), pending.exception(), wait([pending])]:
-        with pytest.raises(minidist.CancelledError, match="closed"):
-            await waiting
-    assert issubclass(minidist.CancelledError, concurrent.futures.CancelledError)
-    for call in [lambda: c.submit(abs, 1), lambda: c.map(abs, [1])]:
-        with pytest.raises(RuntimeError, match="closed"):
-            call()
-
-
-@on_cluster
 async def test_a_lost_result_is_computed_again(c, a, b):
     GATES[0].set()
     futures = c.map(through, [0] * 20, range(20))
@@ -1976,26 +1889,6 @@ def test_a_random_graph_gives_what_plain_python_gives(kind, nodes):
         assert await c.gather(futures) == values
 
     asyncio.run(run_on(kind, graph))
-
-
-@settings(deadline=None, max_examples=50)
-@given(plain, plain)
-def test_equal_calls_have_equal_keys_and_others_have_not(x, y):
-    assume(repr(x) != repr(y))
-
-    async def main():
-        async with (
-            minidist.Scheduler() as s,
-            Client(s.address, asynchronous=True) as c,
-            Client(s.address, asynchronous=True) as d,
-        ):
-            key = c.submit(max, x, key=None).key
-            assert key.startswith("max-")
-            assert key == c.submit(max, x).key == d.submit(max, x).key
-            other = [c.submit(max, y), c.submit(min, x), c.submit(max, x, x), c.submit(max, x=x)]
-            assert len({key, *(f.key for f in other)}) == 5
-
-    asyncio.run(main())
 
 
 def test_when_all_clients_are_gone_nothing_is_left_on_scheduler_and_workers():
@@ -2075,50 +1968,3 @@ def test_a_killed_worker_costs_time_but_no_result(scheduler, listener):
         running.close(), again.close()
         assert total.result(30) == 1000 + sum(n * n for n in range(50))
         assert c.gather(early) == [n * n for n in range(50)]
-
-
-def test_a_lost_scheduler_ends_workers_and_futures_and_says_so(scheduler):
-    with process(SCRIPT, "worker", scheduler.address, "--nthreads", 1) as p:
-        address_of(p)
-        with Client(scheduler.address) as c:
-            here = c.submit(abs, -1)
-            assert here.result(30) == 1
-            pending = c.submit(signal.pause)
-            scheduler.kill()
-            with pytest.raises(minidist.CancelledError, match="scheduler"):
-                pending.result(30)
-            assert here.result() == 1
-            with pytest.raises(ConnectionError, match=scheduler.address):
-                c.submit(abs, 1)
-        assert p.wait(30) == 1
-        assert p.stderr.read().strip().splitlines()[-1].endswith("is gone")
-
-
-def test_a_wrong_secret_is_refused_in_one_line_that_says_where_it_is_looked_for(scheduler):
-    with process(SCRIPT, "worker", scheduler.address, MINIDIST_TOKEN="wrong") as p:
-        _, err = p.communicate(timeout=30)
-        assert p.returncode == 1
-        assert "MINIDIST_TOKEN" in err and len(err.splitlines()) == 1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINIDIST_TOKEN", "wrong")
-        with pytest.raises(PermissionError, match="MINIDIST_TOKEN"):
-            Client(scheduler.address)
-    with Client(scheduler.address):
-        pass  # It still serves those who hold the secret.
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_workers_and_schedulers_at_once_and_without_a_traceback(
-    scheduler, listener, number
-):
-    with process(SCRIPT, "worker", scheduler.address, "--nthreads", 1) as worker:
-        with Client(scheduler.address) as c:
-            f = c.submit(call_home, listener.getsockname()[1], "never")
-            home, _ = listener.accept()  # It runs now; nobody waits for it.
-            for p in [worker, scheduler]:
-                p.send_signal(number)
-                _, err = p.communicate(timeout=30)
-                assert p.returncode == 0 and "Traceback" not in err
-            home.close()
-            with pytest.raises(minidist.CancelledError):
-                f.result(30)

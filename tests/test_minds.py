@@ -1,0 +1,353 @@
+"""Transcripts of the scheduler's mind for which the textbook has no room: one for each mechanism."""
+
+from minidist import ALLOWED_FAILURES, SCHEDULER, ClientMind, WorkerMind
+from test_minidist import Scheduler, sent
+
+
+def told(s, peer, op):
+    """The messages of one kind that a peer was sent since last asked."""
+    return [fields for to, what, fields in sent(s) if (to, what) == (peer, op)]
+
+
+def scatter(s, key="d", want=1, client="c", workers=(), broadcast=False):
+    """Scatter, as far as the scheduler's question to the client; returns (worker, attempt)."""
+    s.stimulus_scatter(client, key, want, 8, "int", list(workers), broadcast)
+    (put,) = [f for peer, op, f in sent(s) if op == "put"]
+    return put["worker"], put["attempt"]
+
+
+def scattered(s, *args, **kwargs):
+    worker, attempt = scatter(s, *args, **kwargs)
+    s.stimulus_add_keys(worker, [("d", attempt)])
+    return worker, attempt
+
+
+def test_data_is_in_memory_when_its_worker_says_so():
+    s = Scheduler("w")
+    worker, attempt = scatter(s)
+    assert (worker, s.states()) == ("w", {"d": "processing"})
+    assert not s.workers["w"].processing, "it takes no thread"
+    s.stimulus_add_keys("w", [("d", attempt)])
+    (news,) = told(s, "c", "key-in-memory")
+    assert (news["holders"], news["nbytes"], s.states()) == (["w"], 8, {"d": "memory"})
+
+
+def test_data_that_could_not_be_put_goes_elsewhere_but_not_for_ever():
+    s = Scheduler("v", "w")
+    worker, attempt = scatter(s)
+    for _ in range(ALLOWED_FAILURES):
+        s.stimulus_put_failed("c", "d", attempt)
+        (put,) = told(s, "c", "put")
+        assert put["worker"] != worker
+        worker, attempt = put["worker"], put["attempt"]
+    s.stimulus_put_failed("c", "d", attempt)
+    (cancelled,) = told(s, "c", "key-cancelled")
+    assert "the data 'd' could not be put on any worker" in cancelled["text"]
+    assert s.states() == {}
+
+
+def test_of_two_clients_that_scatter_the_same_the_second_gives_it_if_the_first_lets_go():
+    s = Scheduler("w", clients="ce")
+    _, attempt = scatter(s, client="c")
+    s.stimulus_scatter("e", "d", 1, 8, "int", [], False)
+    sent(s)
+    s.release("d", client="c")
+    (put,) = told(s, "e", "put")
+    s.stimulus_add_keys("w", [("d", attempt)])
+    assert told(s, "w", "free-keys"), "what the first one has put all the same is stale"
+    s.stimulus_add_keys("w", [("d", put["attempt"])])
+    assert s.states() == {"d": "memory"}
+
+
+def test_a_broadcast_is_over_when_each_worker_has_it_or_is_gone():
+    s = Scheduler("u", "v", "w")
+    worker, attempt = scatter(s, broadcast=True)
+    others = [id for id in "uvw" if id != worker]
+    s.stimulus_add_keys(worker, [("d", attempt)])
+    said = sent(s)
+    copies = [(peer, f["attempt"]) for peer, op, f in said if op == "compute-task"]
+    assert [peer for peer, _ in copies] == others and not [op for _, op, _ in said if "key" in op]
+    s.stimulus_add_keys(others[0], [("d", attempt)])
+    s.stimulus_task_returned(others[0], copies[0][1], [])
+    assert sent(s) == []
+    s.stimulus_worker_left(others[1])
+    (news,) = told(s, "c", "key-in-memory")
+    assert set(news["holders"]) == {worker, others[0]}
+
+
+def test_lost_data_cancels_what_was_still_to_be_made_from_it_and_says_which():
+    s = Scheduler("w")
+    scattered(s)
+    s.submit("done", "d")
+    s.finish("done")
+    s.stimulus_register_worker("v", "v", 1, [], [])
+    s.stimulus_add_keys("v", [("done", s.tasks["done"].attempt)])
+    s.submit("running", "d")
+    sent(s)
+    s.stimulus_worker_left("w", "exit code 3")
+    lost = {f["key"]: f["text"] for _, op, f in sent(s) if op == "key-cancelled"}
+    assert set(lost) == {"d", "running"} and s.states() == {"done": "memory"}
+    assert all("the data 'd' was lost with w (name of w): exit code 3" in t for t in lost.values())
+
+
+def test_what_was_made_from_data_that_was_let_go_becomes_data_and_remembers_why():
+    s = Scheduler("w")
+    scattered(s)
+    s.submit("y", "d")
+    s.finish("y")
+    s.release("d")
+    assert s.states() == {"y": "memory"} and s.tasks["y"].run_spec == ()
+    sent(s)
+    s.stimulus_worker_left("w")
+    (cancelled,) = told(s, "c", "key-cancelled")
+    assert "it was made from 'd', which was let go" in cancelled["text"]
+
+
+def test_the_only_copy_of_data_is_kept_though_it_was_missed_and_draws_the_task_there():
+    s = Scheduler("v", "w")
+    holder, attempt = scattered(s)
+    other = "v" if holder == "w" else "w"
+    s.submit("y", "d", workers=[f"name of {other}"])
+    y = s.tasks["y"]
+    assert y.processing_on.id == other
+    s.stimulus_task_returned(other, y.attempt, [("d", attempt, [holder])])
+    assert y.processing_on.id == holder, "restrictions or not"
+
+
+def test_a_cancel_takes_dependents_along_and_leaves_alone_what_another_client_wants():
+    s = Scheduler("w", clients="ce")
+    s.submit("x")
+    s.submit("y", "x")
+    s.submit("x", client="e")
+    sent(s)
+    s.stimulus_cancel_keys("c", [("x", 1)], False)
+    said = sent(s)
+    assert {f["key"] for peer, op, f in said if (peer, op) == ("c", "key-cancelled")} == {"x", "y"}
+    assert s.states() == {"x": "processing"}
+    s.stimulus_cancel_keys("e", [("x", 1)], True)
+    assert told(s, "w", "give-back") and s.states() == {}
+
+
+def test_a_retry_runs_failed_inputs_and_what_failed_because_of_them_again():
+    s = Scheduler("w")
+    for key, *inputs in ["x", "yx", "zx"]:
+        s.submit(key, *inputs)
+    s.stimulus_task_erred("w", 1, (b"boom",))
+    assert set(s.states().values()) == {"erred"}
+    sent(s)
+    s.stimulus_retry("c", "y", 2)
+    assert s.states() == {"x": "processing", "y": "waiting", "z": "waiting"}
+    s.finish("x")
+    s.finish("y")
+    assert {(f["key"], f["want"]) for f in told(s, "c", "key-in-memory")} == {("x", 1), ("y", 2)}
+
+
+def test_a_retry_of_what_is_not_wanted_any_more_is_answered_under_its_own_number():
+    s = Scheduler("w")
+    s.stimulus_retry("c", "x", 7)
+    assert [f["want"] for f in told(s, "c", "key-cancelled")] == [7]
+
+
+def test_a_task_may_raise_as_often_as_it_has_retries():
+    s = Scheduler("w")
+    s.submit("x", retries=2)
+    for _ in range(2):
+        s.stimulus_task_erred("w", s.tasks["x"].attempt, (b"boom",))
+        assert s.states() == {"x": "processing"}
+    s.stimulus_task_erred("w", s.tasks["x"].attempt, (b"boom",))
+    assert s.states() == {"x": "erred"}
+
+
+def test_a_task_that_no_worker_may_run_waits_with_a_warning_until_one_so_called_joins():
+    s = Scheduler("w")
+    s.submit("x", workers=["nobody"])
+    s.submit("loose", workers=["nobody"], loose=True)
+    (warning,) = told(s, "c", "warning")
+    assert "'x' waits: there is no worker called nobody" in warning["text"]
+    assert s.states() == {"x": "no-worker", "loose": "processing"}
+    s.stimulus_register_worker("tcp://1.2.3.4:5#v", "nobody", 1, [], [])
+    assert s.tasks["x"].processing_on.name == "nobody"
+
+
+def test_workers_are_called_by_name_address_and_host():
+    for alias in ["tcp://1.2.3.4:5#v", "n", "tcp://1.2.3.4:5", "1.2.3.4:5", "1.2.3.4"]:
+        s = Scheduler("w")
+        s.stimulus_register_worker("tcp://1.2.3.4:5#v", "n", 1, [], [])
+        s.submit("x", workers=[alias])
+        assert s.tasks["x"].processing_on.name == "n"
+
+
+def test_an_idle_worker_steals_what_waits_for_another_if_moving_its_inputs_costs_less():
+    s = Scheduler("v", "w")
+    s.submit("big")
+    holder, _ = s.finish("big", nbytes=1_000_000)
+    for n in range(4):
+        s.submit(f"y{n}", "big")  # Half a second each, for all that is known.
+    other = s.workers["v" if holder == "w" else "w"]
+    first = next(iter(other.processing.values()))[0].key
+    sent(s)
+    s.finish(first)
+    (stolen, _), *_ = other.processing.values()
+    assert stolen.key != first and stolen.state == "processing"
+    s = Scheduler("v", "w").measured("f", duration_us=10)
+    s.submit("big")
+    holder, _ = s.finish("big", nbytes=1_000_000_000)
+    for n in range(50):
+        s.submit(f"y{n}", "big", name="f")
+    assert {peer for peer, _ in s.computing()} == {holder}, "tiny tasks stay with large data"
+
+
+def test_a_worker_that_gave_back_what_came_late_gets_one_task_a_thread_until_one_has_ended():
+    s = Scheduler("w").measured("f", duration_us=10)
+    for n in range(30):
+        s.submit(f"x{n}", name="f")
+    attempts = list(s.workers["w"].processing)
+    assert len(attempts) == 30
+    for attempt in attempts[1:]:
+        s.stimulus_task_returned("w", attempt, [])
+    assert len(s.workers["w"].processing) == 1
+    s.finish("x0", duration_us=10)
+    assert len(s.workers["w"].processing) > 1
+
+
+def test_what_was_on_a_worker_that_died_runs_alone_and_only_who_was_alone_is_blamed():
+    s = Scheduler("w0", nthreads=2)
+    s.submit("innocent")
+    s.submit("killer")
+    for n in range(ALLOWED_FAILURES + 2):
+        assert s.tasks["killer"].state != "erred"
+        s.stimulus_worker_left(f"w{n}", "exit code 3 at 12:00:00")
+        s.stimulus_register_worker(f"w{n + 1}", f"w{n + 1}", 2, [], [])
+        assert len(s.workers[f"w{n + 1}"].processing) <= 1
+        if n == 0:
+            assert not s.tasks["killer"].deaths, "nobody knows yet who did it"
+            s.finish(next(iter(s.workers["w1"].processing.values()))[0].key)
+            s.release("innocent")
+    kind, text = s.tasks["killer"].error[1:]
+    assert kind == "KilledWorker" and text.count("exit code 3 at 12:00:00") == ALLOWED_FAILURES + 1
+
+
+def test_a_worker_that_leaves_goes_when_what_only_it_has_is_elsewhere():
+    s = Scheduler("v", "w")
+    s.submit("x", workers=["name of w"])
+    s.finish("x")
+    s.submit("running", workers=["name of w"], loose=True)
+    sent(s)
+    s.stimulus_leave("w")
+    ((peer, _, copy),) = [said for said in sent(s) if said[1] == "compute-task"]
+    assert (peer, copy["run_spec"], copy["places"][0][2]) == ("v", (), ["w"])
+    s.stimulus_add_keys("v", [("x", s.tasks["x"].attempt)])
+    s.stimulus_task_returned("v", copy["attempt"], [])
+    ops = [(peer, op) for peer, op, _ in sent(s)]
+    assert ("w", "goodbye") in ops and ("c", "key-lost") not in ops
+    assert s.states() == {"x": "memory", "running": "processing"}
+    assert not s.tasks["running"].suspect, "a good-bye blames nobody"
+
+
+def test_silent_workers_are_dead_and_nothing_is_sent_from_one_to_the_next():
+    s = Scheduler("v", "w")
+    s.submit("x")
+    s.stimulus_time_passes(20_000_000)
+    s.stimulus_time_passes(31_000_000)
+    assert s.states() == {"x": "no-worker"} and len(s.tasks["x"].deaths) == 1
+    s.stimulus_register_worker("u", "u", 1, [], [])
+    s.stimulus_heartbeat("u")
+    s.stimulus_time_passes(60_000_000)
+    assert list(s.workers) == ["u"]
+
+
+def test_what_is_fired_and_forgotten_runs_though_nobody_wants_it_and_is_freed():
+    s = Scheduler("w")
+    s.submit("x")
+    s.stimulus_fire_and_forget("c", [("x", 1)])
+    s.stimulus_client_left("c")
+    assert s.states() == {"x": "processing"}
+    s.finish("x")
+    assert s.states() == {} and not s.keeper.wants_what
+
+
+def test_who_looks_inside_gets_rows_of_facts():
+    s = Scheduler("w")
+    s.submit(("x", 1))
+    s.finish(("x", 1), nbytes=5)
+    for what, rows in [
+        ("who_has", [(("x", 1), ["w"])]),
+        ("nbytes", [(("x", 1), 5)]),
+        ("has_what", [("w", [("x", 1)])]),
+        ("processing", [("w", [])]),
+    ]:
+        sent(s)
+        s.stimulus_query("c", 1, what, [])
+        assert told(s, "c", "answer") == [{"number": 1, "facts": rows}]
+
+
+# ---- The client's and the worker's mind ----
+
+
+def test_a_client_keeps_what_it_scatters_until_it_has_a_place():
+    client = ClientMind()
+    state = client.stimulus_scatter("d", (b"42",), 8, "int")
+    sent(client)
+    client.stimulus_put(SCHEDULER, "d", 1, 5, "w")
+    assert sent(client) == [("w", "put-data", dict(key="d", attempt=5, value=(b"42",)))]
+    client.stimulus_link_lost("w")
+    assert sent(client) == [(SCHEDULER, "put-failed", dict(key="d", attempt=5))]
+    client.stimulus_key_in_memory(SCHEDULER, "d", 1, 6, 8, "int", ["v"], ())
+    assert (state.status, state.data, state.put) == ("finished", (), ())
+
+
+def test_a_cancelled_state_leaves_the_table_at_once():
+    client = ClientMind()
+    state = client.stimulus_submit("x", "f", (b"f",), [], 0)
+    client.stimulus_cancel([state], False)
+    assert (state.status, client.futures) == ("cancelled", {})
+    client.stimulus_release(state)
+    assert [op for _, op, _ in sent(client)] == ["submit", "cancel-keys"]
+
+
+def compute(worker, number, *inputs, run_spec=(b"f",)):
+    places = [(key, 1, ["v"]) for key in inputs]
+    worker.stimulus_compute_task(SCHEDULER, "y", number, "f", run_spec, places, [0], False)
+
+
+def test_a_copy_is_an_attempt_that_goes_back_as_soon_as_its_input_is_here():
+    w = WorkerMind()
+    compute(w, 7, "x", run_spec=())
+    w.stimulus_data("v", "x", 1, "ok", (b"1",))
+    ops = [(op, fields) for peer, op, fields in sent(w) if peer == SCHEDULER]
+    returned = ("task-returned", {"attempt": 7, "misses": []})
+    assert ops == [("add-keys", {"names": [("x", 1)]}), returned]
+
+
+def test_what_has_been_ready_for_too_long_goes_back():
+    w = WorkerMind()
+    for number in (1, 2):
+        compute(w, number)
+    compute(w, 3, "x")
+    w.stimulus_take()
+    w.stimulus_time_passes(1_000)
+    w.stimulus_time_passes(5_000)
+    assert not told(w, SCHEDULER, "task-returned")
+    w.stimulus_time_passes(11_000)
+    assert [f["attempt"] for f in told(w, SCHEDULER, "task-returned")] == [2]
+    assert set(w.attempts) == {1, 3}, "what runs, or waits for an input, stays"
+
+
+def test_what_has_begun_is_not_given_back():
+    w = WorkerMind()
+    compute(w, 1)
+    compute(w, 2)
+    w.stimulus_take()
+    w.stimulus_give_back(SCHEDULER, [1, 2, 99])
+    assert [f["attempt"] for f in told(w, SCHEDULER, "task-returned")] == [2]
+
+
+def test_a_worker_that_leaves_gives_back_what_has_not_begun_and_takes_nothing_new():
+    w = WorkerMind()
+    compute(w, 1)
+    compute(w, 2)
+    w.stimulus_take()
+    w.stimulus_leave()
+    compute(w, 3)
+    said = [(op, fields.get("attempt")) for _, op, fields in sent(w)]
+    assert said == [("task-returned", 2), ("leave", None), ("task-returned", 3)]
