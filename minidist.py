@@ -2341,12 +2341,13 @@ def rebuild_traceback(places):
     return tb
 
 
+@functools.lru_cache(maxsize=1000)
 def frame_at(filename, line, name):
     """A frame that names a place.
 
     Frames come from running code: a line that carries these names is compiled and run to its
-    exception (the idea is that of tblib).  In a generator, whose frame has no caller: else all
-    callers' frames, and what they hold, would live as long as the exception does.
+    exception (the idea is that of tblib).  In a thread of its own: else all callers' frames, and
+    what they hold, would live as long as this frame does.
     """
     code = compile("raise RuntimeError", filename, "exec")
     units = len(code.co_code) // 2
@@ -2354,14 +2355,18 @@ def frame_at(filename, line, name):
     # columns, the traceback would underline what stands there in the worker's source.
     table = b"".join(bytes([0xE8 | min(8, units - n) - 1, 0]) for n in range(0, units, 8))
     code = code.replace(co_name=name, co_qualname=name, co_firstlineno=line, co_linetable=table)
+    frames = []
 
     def run():
         try:
             exec(code, {"__file__": filename})
         except RuntimeError as error:
-            yield error.__traceback__.tb_next.tb_frame
+            frames.append(error.__traceback__.tb_next.tb_frame)
 
-    return next(run())
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return frames[0]
 
 
 def sizeof(obj, depth=3):
