@@ -77,6 +77,20 @@ import cloudpickle
 # to compute a task on one worker; the scheduler numbers it.  A *want* is a client's wish to have
 # a task's result; the client numbers it.  A *value* is named ``(key, attempt)``, so that two
 # results for one key can never be taken for each other.
+#
+# Messages cross.  While a client drops its last future of a key and submits the key again, the
+# first result may be on its way to it, and the first attempt still running.  Three rules settle
+# all such races; whoever looks for the code of a special case will find these instead:
+#
+#   Numbers.  Whoever makes a thing numbers it, and each message about it echoes the number: the
+#       client a want, the scheduler an attempt, a worker process itself (its ``id``).  A number
+#       that is not the one in the table is stale, and the message is dropped.
+#   Attempts end once.  What was sent to a worker ends by one answer ("task-finished", "-erred" or
+#       "-returned"), or with the worker.  The scheduler may ask for it back, never take it back;
+#       what it needs no more is *abandoned*, runs to its end, and occupies its thread until then.
+#   One stream.  Whatever changes state travels on one ordered stream for each peer.  Values have
+#       connections of their own, and nothing is ever concluded from one that broke: only the
+#       scheduler declares a worker dead, and tells the others.
 
 LIMITS = {
     "header_bytes": 64 << 20,  # the JSON of one batch
@@ -651,6 +665,17 @@ class ClientMind(FetchingMind):
 # What runs where, who holds what, what can go.  It may use chapter 1.  By habit of the field
 # ``ts``, ``ws``, ``cs`` are a TaskState, a WorkerState, a ClientState.  Times are whole
 # microseconds and sizes whole bytes, so that what was added is subtracted exactly.
+#
+#   Where.  Every task that can run waits here, on the scheduler: in the queue common to all, or,
+#       with inputs or restrictions, in that of the worker where it would start first.  It is sent
+#       when that worker has room; so priorities count until the last moment, and what waits can be
+#       cancelled, or stolen by an idle worker, without a message to anybody.
+#   How long.  A result stays while a client wants it or an unfinished task needs it.  The call
+#       that made it stays known while something that is kept might have to be computed from it
+#       again: that is all there is to recovery (Spark calls the same idea lineage).
+#   What if.  A lost worker takes along its attempts, which are placed again, and its values, which
+#       are computed again as far as they are needed.  What was on it is suspected of having killed
+#       it.  Scattered data has no call: it is lost for good, and whoever needs it is told so.
 
 ROOM_US = 1_000  # known-short work sent ahead of a thread that is busy: it hides a round trip
 UNKNOWN_US = 500_000  # what a task of an unmeasured function is taken for
@@ -1711,6 +1736,10 @@ def check_transposes(some, field, others, transpose):
 # ---- 4. Worker mind: Attempt, WorkerMind ----
 #
 # Which attempts this worker has, which values it fetches and holds.  It may use chapter 1.
+#
+# A worker decides little.  It starts what is ready by priority, gives back what it cannot start,
+# and holds each value until it is told to free it.  Several attempts to compute one key may be
+# here at once, an abandoned one and the one that is wanted now: their numbers tell them apart.
 
 
 LATE_US = 10_000  # what has been ready for so long, and has not begun, goes back
@@ -2606,7 +2635,11 @@ class Scheduler(Body):
 
 
 # ---- 8. Worker: executor threads, peer-to-peer transfers ----
-
+#
+# One loop talks to the scheduler and to peers; as many threads as tasks may run at a time take
+# what is ready from the mind, which has a lock around it for that reason.  Two things are made
+# once for many tasks: threads hand back results by way of a deque, so that one wake-up of the loop
+# collects many, and the loop wakes no more threads than there are ready attempts.
 
 WORKER = contextvars.ContextVar("the worker whose task this is")
 
@@ -3846,6 +3879,10 @@ class as_completed:
 
 
 # ---- 10. Local cluster: processes of the very same command line, watched and restarted ----
+#
+# Worker processes are started as commands, not forked or spawned from the user's script: so no
+# script needs an ``if __name__ == "__main__"``, and no lock or thread of it is copied.  Each holds
+# the other end of its standard input in this process, and ends when that does, however it ends.
 
 
 class LocalCluster(Threaded):
