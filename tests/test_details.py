@@ -634,3 +634,29 @@ async def test_a_closed_client_keeps_its_values_cancels_the_rest_and_refuses_cal
     for call in [lambda: c.submit(abs, 1), lambda: c.map(abs, [1])]:
         with pytest.raises(RuntimeError, match="closed"):
             call()
+
+
+@on_cluster
+async def test_of_the_tasks_that_wait_the_one_of_higher_priority_goes_first(c, a, b):
+    blockers = [c.submit(through, gate, gate) for gate in range(3)]
+    await until(lambda: len(RUNS) == 3)
+    GATES[3].set()
+    low, high = (c.submit(through, 3, f"prio {n}", priority=n) for n in [-1, 1])
+    await asyncio.sleep(0)
+    GATES[0].set()  # One thread is free, and takes one after the other.
+    await c.gather([low, high])
+    assert RUNS[3:] == ["prio 1", "prio -1"] and blockers
+
+
+@on_cluster
+async def test_two_clients_share_a_key_and_the_last_one_lets_it_go(c, a, b):
+    async with Client(c._address, asynchronous=True) as d:
+        x, y = c.submit(through, 0, "x"), d.submit(through, 0, "x")
+        GATES[0].set()
+        assert await x == await y == "x" and RUNS == ["x"] and x.key == y.key
+        x.release()
+        assert await c.submit(abs, -1) == 1  # The release came before this.
+        assert await d.submit(through, 0, "x") == "x" and RUNS == ["x"]
+        y.release()
+        del x
+        await until(lambda: not [key for key in [*a.data, *b.data] if key.startswith("through")])
