@@ -4008,7 +4008,7 @@ def main(argv=None):
     try:
         asyncio.run(until_stopped(options.run(options)))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        pass  # SIGINT and SIGTERM: leave at once, and in order.
+        pass  # Leave at once, and in order.
     except (OSError, ValueError) as error:
         print(f"minidist {options.command}: {error}", file=sys.stderr)
         return 1
@@ -4016,9 +4016,10 @@ def main(argv=None):
 
 
 async def until_stopped(coroutine):
-    """Run a coroutine; SIGTERM cancels it, as asyncio lets SIGINT do."""
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
+    """Run a coroutine; SIGINT and SIGTERM cancel it, also where a shell lets SIGINT be ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(number, asyncio.current_task().cancel)
     await coroutine
 
 
