@@ -823,6 +823,7 @@ class SchedulerMind(Mind):
         self.submitted = self.puts = 0
         self.now_us, self.ttl_us = 0, ttl_us
         self.departed = ""  # which worker was lost last, and how
+        self.complaints = {}  # {(ClientState, TaskState): why it cannot fetch the only copy}
         # Wants what no user waits for, and lets go when it has ended.
         self.keeper = ClientState("fire-and-forget", {})
 
@@ -951,11 +952,13 @@ class SchedulerMind(Mind):
             self.strike(ts, holders)
             target = self.least_loaded(FULL, but=ts.who_has)
             if ts.stuck and (target is None or ts.misses > ALLOWED_FAILURES):
+                # Its holder may be dead, without our knowing it yet: then there is more to say.
                 text = f"{key!r} could not be fetched from {', '.join(holders)}"
-                self.send(client, "key-erred", key, want, (), "ConnectionError", text)
-            elif ts.stuck and not ts.copying:
-                self.copy(ts, target)  # The client will be told of that one.
-            self.tell(cs, ts)
+                self.complaints[cs, ts] = text
+            else:
+                if ts.stuck and not ts.copying:
+                    self.copy(ts, target)  # The client will be told of that one.
+                self.tell(cs, ts)
         self.settle()
 
     def stimulus_query(self, client, number, what, keys):
@@ -1012,7 +1015,14 @@ class SchedulerMind(Mind):
         self.settle()
 
     def stimulus_heartbeat(self, worker):
-        self.workers[worker].seen_us = self.now_us
+        """It lives: what could not be fetched from it, and is nowhere else, cannot be had."""
+        ws = self.workers[worker]
+        ws.seen_us = self.now_us
+        for (cs, ts), text in list(self.complaints.items()):
+            if ws in ts.who_has:
+                del self.complaints[cs, ts]
+                want = cs.wants_what[ts]
+                self.send(cs.id, "key-erred", ts.key, want, (), "ConnectionError", text)
 
     def stimulus_time_passes(self, now_us):
         """What the time is, every now and then: who was silent for too long is dead."""
@@ -1449,6 +1459,7 @@ class SchedulerMind(Mind):
         self.mark(ts)
 
     def let_go(self, cs, ts):
+        self.complaints.pop((cs, ts), None)
         del cs.wants_what[ts]
         del ts.who_wants[cs]
         self.mark(ts)
@@ -1587,6 +1598,8 @@ class SchedulerMind(Mind):
             ws.nbytes += ts.nbytes
             ts.stuck = False
             self.mark(ts)
+            for cs in [cs for cs, about in self.complaints if about is ts]:
+                self.tell(cs, ts)
             if ws.leaving is not None:
                 self.hand_over(ts, ws)
 
@@ -1635,6 +1648,7 @@ class SchedulerMind(Mind):
         elif ts.state == "erred":
             self.send(cs.id, "key-erred", ts.key, want, *ts.error)
         elif ts.state == "memory" and ts.who_has and not ts.copying:
+            self.complaints.pop((cs, ts), None)
             news = (ts.attempt, ts.nbytes, ts.type, self.holders(ts), ts.value)
             self.send(cs.id, "key-in-memory", ts.key, want, *news)
 
@@ -1662,6 +1676,7 @@ class SchedulerMind(Mind):
         called = {(alias, ws) for alias, some in self.called.items() for ws in some}
         staying = [ws for ws in workers if ws.leaving is None]
         assert called == {(alias, ws) for ws in staying for alias in ws.aliases()}
+        assert all(ts in cs.wants_what and ts.stuck for cs, ts in self.complaints)
         # S3. No worker is free for what waits in the common queue; and only who may not run
         # anywhere has no worker.
         head = self.queue.peek()

@@ -1235,9 +1235,12 @@ class Cluster:
         for _ in range(3_000 + 300 * len(self.calls) * len(self.minds)):
             if not self.something_moves(choose.randrange(10**6)):
                 called = {"name 0"} | {w for call in self.calls.values() for w in call.workers}
-                if called <= {self.names[w] for w in self.ids("w")}:
+                if self.minds[SCHEDULER].complaints:
+                    self.time_passes(pick=1)
+                elif called <= {self.names[w] for w in self.ids("w")}:
                     return
-                self.a_worker_joins()
+                else:
+                    self.a_worker_joins()
         raise AssertionError("it never calms down")
 
     def remember_edges(self, mind):

@@ -114,6 +114,17 @@ def test_the_only_copy_of_data_is_kept_though_it_was_missed_and_draws_the_task_t
     assert y.processing_on.id == holder, "restrictions or not"
 
 
+def test_a_client_that_cannot_reach_the_only_copy_is_told_so_when_its_holder_is_known_to_live():
+    s = Scheduler("w")
+    _, attempt = scattered(s)
+    sent(s)
+    s.stimulus_fetch_missed("c", "d", 1, attempt, ["w"])
+    assert sent(s) == [], "perhaps it is dead: then it is the data that is lost"
+    s.stimulus_heartbeat("w")
+    (erred,) = told(s, "c", "key-erred")
+    assert erred["text"] == "'d' could not be fetched from w"
+
+
 def test_a_cancel_takes_dependents_along_and_leaves_alone_what_another_client_wants():
     s = Scheduler("w", clients="ce")
     s.submit("x")
