@@ -2605,6 +2605,11 @@ class Scheduler(Body):
     async def close(self):
         """Hang up on everybody.  Workers end, and clients' pending futures are cancelled."""
         self.server.close()
+        deadline = time.monotonic() + 1
+        while self.ended.is_set() and self.state.workers and time.monotonic() < deadline:
+            # They were told good-bye, and hang up first: if we did while something of theirs is
+            # under way, TCP would reset the connection, and they might not read the good-bye.
+            await asyncio.sleep(0.01)
         await self.stop()
         self.ended.set()
 
