@@ -4069,7 +4069,8 @@ async def run_worker(options):
         threading.Thread(target=end_with_stdin, daemon=True).start()
     async with Worker(options.address, options.nthreads, options.name, timeout=None) as worker:
         if not options.quiet:
-            print(f"Worker {worker.name} at {worker.address}", flush=True)
+            # In one write: several workers may share a terminal.
+            print(f"Worker {worker.name} at {worker.address}\n", end="", flush=True)
         try:
             await asyncio.wait([worker.finished])
         except asyncio.CancelledError:

@@ -365,7 +365,11 @@ def test_what_only_a_vanished_client_wanted_is_freed(tmp_path):
 def two_by_one_command(address):
     """A process that starts workers x-0 and x-1."""
     with process(SCRIPT, "worker", address, "--nworkers", 2, "--name", "x") as parent:
-        address_of(parent), address_of(parent)
+        said = ""
+        while (
+            said.count("tcp://") < 2
+        ):  # (Unbuffered, two processes write into each other's lines.)
+            said += parent.stdout.readline() or pytest.fail(f"the workers do not start: {said}")
         yield parent
 
 
