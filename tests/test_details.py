@@ -660,3 +660,12 @@ async def test_two_clients_share_a_key_and_the_last_one_lets_it_go(c, a, b):
         y.release()
         del x
         await until(lambda: not [key for key in [*a.data, *b.data] if key.startswith("through")])
+
+
+@on_cluster
+async def test_a_coroutine_function_runs_in_the_loop_of_its_worker(c, a, b):
+    async def where():
+        return id(asyncio.get_running_loop()), minidist.get_worker().name
+
+    loop, name = await c.submit(where)
+    assert loop == id(asyncio.get_running_loop()) and name in ("a", "b")
