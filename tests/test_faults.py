@@ -102,7 +102,7 @@ def run_beside(port, path, value):
 
 
 @contextlib.contextmanager
-def caller(listener):  # noqa: F811
+def caller(listener):
     """The next who calls home: (the connection, its pid); hung up on at the end."""
     line, _ = listener.accept()
     with line:
@@ -110,7 +110,7 @@ def caller(listener):  # noqa: F811
         yield line, int.from_bytes(line.recv(8), "big")
 
 
-def port_of(listener):  # noqa: F811
+def port_of(listener):
     return listener.getsockname()[1]
 
 
@@ -147,16 +147,24 @@ def pids_with(token):
     return found
 
 
+def ends_soon(pid):
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([process], [], [], 5)[0])
+    finally:
+        os.close(process)
+
+
 @pytest.fixture(autouse=True)
-def nothing_is_left(environment, monkeypatch, capfd):  # noqa: F811
+def nothing_is_left(environment, monkeypatch, capfd):
     """Every process of a test knows its token, ends with the test, and shows no traceback."""
     token = f"the secret of this test: {uuid.uuid4()}"
     monkeypatch.setenv("MINIDIST_TOKEN", token)
     yield
-    left = {pid: os.pidfd_open(pid) for pid in pids_with(token)}
-    late = [pid for pid, ends in left.items() if not select.select([ends], [], [], 5)[0]]
-    for pid, ends in left.items():
-        os.close(ends)
+    late = [pid for pid in pids_with(token) if not ends_soon(pid)]
     for pid in late:
         os.kill(pid, signal.SIGKILL)
     assert not late, "processes were left running"
@@ -181,10 +189,7 @@ def test_a_task_that_ends_its_process_is_a_killed_worker_who_names_workers_ways_
         assert len(names) == ALLOWED_FAILURES + 1 and set(names) <= {"0", "1"}, str(error)
 
 
-def test_what_ran_beside_a_task_that_ends_its_process_has_its_result(
-    listener,  # noqa: F811
-    tmp_path,
-):
+def test_what_ran_beside_a_task_that_ends_its_process_has_its_result(listener, tmp_path):
     with Client(n_workers=1, threads_per_worker=3) as c:
         port = port_of(listener)
         innocent = [c.submit(run_beside, port, tmp_path / str(n), n) for n in range(2)]
@@ -206,7 +211,7 @@ def test_workers_that_a_local_cluster_loses_are_replaced_under_their_names():
         assert not set(c.run(os.getpid).values()) & set(first.values())
 
 
-def test_a_worker_that_is_asked_to_end_hands_its_data_over(scheduler):  # noqa: F811
+def test_a_worker_that_is_asked_to_end_hands_its_data_over(scheduler):
     with workers(scheduler.address, "a", "b") as (a, b), Client(scheduler.address) as c:
         data = c.scatter({n: [n] * 100_000 for n in "xyz"}, workers="a")
         assert set(c.who_has(data).values()) == {(a.address,)}
@@ -216,10 +221,7 @@ def test_a_worker_that_is_asked_to_end_hands_its_data_over(scheduler):  # noqa: 
         assert set(c.who_has(data).values()) == {(b.address,)}
 
 
-def test_what_a_worker_that_is_asked_to_end_has_computed_is_not_computed_again(
-    scheduler,  # noqa: F811
-    tmp_path,
-):
+def test_what_a_worker_that_is_asked_to_end_has_computed_is_not_computed_again(scheduler, tmp_path):
     with workers(scheduler.address, "a", "b") as (a, b), Client(scheduler.address) as c:
         path = str(tmp_path / "runs")
         options = {"workers": "a", "allow_other_workers": True}
@@ -235,11 +237,7 @@ def test_what_a_worker_that_is_asked_to_end_has_computed_is_not_computed_again(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_worker_that_is_asked_to_end_leaves_its_task_to_another(
-    scheduler,  # noqa: F811
-    listener,  # noqa: F811
-    number,
-):
+def test_a_worker_that_is_asked_to_end_leaves_its_task_to_another(scheduler, listener, number):
     with workers(scheduler.address, "a", "b") as (a, b), Client(scheduler.address) as c:
         future = c.submit(call_home, port_of(listener), "done")
         with caller(listener) as (_, pid):
@@ -252,7 +250,7 @@ def test_a_worker_that_is_asked_to_end_leaves_its_task_to_another(
 
 
 @contextlib.contextmanager
-def silenced(listener):  # noqa: F811
+def silenced(listener):
     """A cluster where a worker is stopped in the middle of a task: (worker, other, future)."""
     with process(SCRIPT, "scheduler", "--port", 0, "--worker-ttl", 1) as s:
         address = address_of(s)
@@ -264,18 +262,14 @@ def silenced(listener):  # noqa: F811
                 yield silent, other, future
 
 
-def test_a_worker_that_is_silent_for_too_long_is_dead_and_its_task_runs_elsewhere(
-    listener,  # noqa: F811
-):
+def test_a_worker_that_is_silent_for_too_long_is_dead_and_its_task_runs_elsewhere(listener):
     with silenced(listener) as (silent, other, future):
         with caller(listener) as (_, pid):
             assert pid == other.pid
         assert future.result(30) == "done"
 
 
-def test_a_worker_that_was_declared_dead_ends_with_exit_code_1_and_says_why_in_one_line(
-    listener,  # noqa: F811
-):
+def test_a_worker_that_was_declared_dead_ends_with_exit_code_1_and_says_why_in_one_line(listener):
     with silenced(listener) as (silent, _, _):
         with caller(listener):  # Its task runs elsewhere: it is dead.
             silent.send_signal(signal.SIGCONT)
@@ -285,8 +279,7 @@ def test_a_worker_that_was_declared_dead_ends_with_exit_code_1_and_says_why_in_o
 
 
 def test_scattered_data_is_lost_with_its_only_holder_and_who_needs_it_is_told_so(
-    scheduler,  # noqa: F811
-    listener,  # noqa: F811
+    scheduler, listener
 ):
     with workers(scheduler.address, "a", "b") as (a, b), Client(scheduler.address) as c:
         data = c.scatter({"the-data": [1] * 100_000}, workers="a")["the-data"]
@@ -301,9 +294,7 @@ def test_scattered_data_is_lost_with_its_only_holder_and_who_needs_it_is_told_so
                 assert lost.status == "cancelled"
 
 
-def test_what_was_gathered_outlives_the_data_that_it_was_made_from(
-    scheduler,  # noqa: F811
-):
+def test_what_was_gathered_outlives_the_data_that_it_was_made_from(scheduler):
     with workers(scheduler.address, "a", "b") as (a, b), Client(scheduler.address) as c:
         data = c.scatter(b"x" * 100_000, workers="a")
         size = c.submit(len, data)
@@ -314,9 +305,7 @@ def test_what_was_gathered_outlives_the_data_that_it_was_made_from(
         assert size.result() == 100_000 and size.status == "finished"
 
 
-def test_what_was_made_from_lost_data_and_is_held_elsewhere_stays_readable(
-    scheduler,  # noqa: F811
-):
+def test_what_was_made_from_lost_data_and_is_held_elsewhere_stays_readable(scheduler):
     with workers(scheduler.address, "a", "b") as (a, b), Client(scheduler.address) as c:
         data = c.scatter(b"x" * 100_000, workers="a")
         beside_it = c.submit(bytes.upper, data, workers="a")
@@ -373,7 +362,7 @@ def two_by_one_command(address):
         yield parent
 
 
-def test_one_command_starts_several_workers_with_numbered_names(scheduler):  # noqa: F811
+def test_one_command_starts_several_workers_with_numbered_names(scheduler):
     with two_by_one_command(scheduler.address) as parent, Client(scheduler.address) as c:
         assert names_of_workers(c) == ["x-0", "x-1"]
         pids = c.run(os.getpid).values()
@@ -383,12 +372,7 @@ def test_one_command_starts_several_workers_with_numbered_names(scheduler):  # n
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
-def test_several_workers_of_one_command_end_with_it(
-    scheduler,  # noqa: F811
-    listener,  # noqa: F811
-    number,
-    code,
-):
+def test_several_workers_of_one_command_end_with_it(scheduler, listener, number, code):
     with two_by_one_command(scheduler.address) as parent, Client(scheduler.address) as c:
         c.run(stay_in_touch, port_of(listener))
         with caller(listener) as (one, _), caller(listener) as (another, _):
@@ -397,9 +381,7 @@ def test_several_workers_of_one_command_end_with_it(
         assert end_of(parent) == (code, "")
 
 
-def test_several_workers_of_one_command_hand_their_data_over_when_it_is_asked_to_end(
-    scheduler,  # noqa: F811
-):
+def test_several_workers_of_one_command_hand_their_data_over_when_it_is_asked_to_end(scheduler):
     with two_by_one_command(scheduler.address) as parent, Client(scheduler.address) as c:
         data = c.scatter({n: n * 100_000 for n in "xyz"})
         with workers(scheduler.address, "a") as (a,):
@@ -409,9 +391,7 @@ def test_several_workers_of_one_command_hand_their_data_over_when_it_is_asked_to
             assert c.gather(data) == {n: n * 100_000 for n in "xyz"}
 
 
-def test_an_interrupt_from_the_terminal_ends_several_workers_of_one_command(
-    scheduler,  # noqa: F811
-):
+def test_an_interrupt_from_the_terminal_ends_several_workers_of_one_command(scheduler):
     with two_by_one_command(scheduler.address) as parent, Client(scheduler.address) as c:
         for pid in [*c.run(os.getpid).values(), parent.pid]:
             os.kill(pid, signal.SIGINT)
@@ -419,8 +399,7 @@ def test_an_interrupt_from_the_terminal_ends_several_workers_of_one_command(
 
 
 def test_the_workers_of_a_local_cluster_end_when_the_process_that_made_them_is_killed(
-    listener,  # noqa: F811
-    tmp_path,
+    listener, tmp_path
 ):
     script = tmp_path / "script.py"
     script.write_text(
@@ -439,8 +418,7 @@ def test_the_workers_of_a_local_cluster_end_when_the_process_that_made_them_is_k
 
 
 def test_a_worker_of_a_local_cluster_that_is_asked_to_end_is_replaced_and_its_data_kept(
-    listener,  # noqa: F811
-    caplog,
+    listener, caplog
 ):
     with Client(n_workers=2, threads_per_worker=1) as c:
         data = c.scatter(["x" * 100_000, "y" * 100_000])
@@ -454,7 +432,7 @@ def test_a_worker_of_a_local_cluster_that_is_asked_to_end_is_replaced_and_its_da
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_a_silent_worker_of_a_local_cluster_is_killed_and_replaced(listener):  # noqa: F811
+def test_a_silent_worker_of_a_local_cluster_is_killed_and_replaced(listener):
     with Client(n_workers=1, threads_per_worker=1, worker_ttl=1) as c:
         c.run(stay_in_touch, port_of(listener))
         with caller(listener) as (line, pid):
@@ -522,7 +500,7 @@ def test_a_task_that_no_worker_is_there_for_is_warned_of(caplog):
         assert re.search("no worker", caplog.text)
 
 
-def test_shutdown_ends_scheduler_and_workers_and_nobody_complains(scheduler):  # noqa: F811
+def test_shutdown_ends_scheduler_and_workers_and_nobody_complains(scheduler):
     with workers(scheduler.address, "a") as (a,), two_by_one_command(scheduler.address) as parent:
         c = Client(scheduler.address)
         c.wait_for_workers(3, timeout=30)
@@ -693,10 +671,7 @@ async def test_broadcast_data_is_on_all_workers(c, a, b):
 
 
 @pytest.mark.parametrize("deaf", [0, 1], ids=["the first holder", "who gets a copy"])
-def test_a_worker_that_dies_while_data_is_broadcast_to_it_does_not_hang_it(
-    scheduler,  # noqa: F811
-    deaf,
-):
+def test_a_worker_that_dies_while_data_is_broadcast_to_it_does_not_hang_it(scheduler, deaf):
     async def main(some):
         async with Client(scheduler.address, asynchronous=True) as c:
             some[deaf].send_signal(signal.SIGSTOP)
@@ -780,15 +755,11 @@ async def test_run_raises_returns_or_ignores_errors(c, a, b):
 
 
 @pytest.mark.parametrize("on_error", ["raise", "return", "ignore"])
-def test_a_worker_that_is_lost_while_it_runs_a_function_is_an_error(
-    scheduler,  # noqa: F811
-    listener,  # noqa: F811
-    on_error,
-):
+def test_a_worker_that_is_lost_while_it_runs_a_function_is_an_error(scheduler, listener, on_error):
     with (
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
         workers(scheduler.address, "a", "b") as (a, b),
         Client(scheduler.address) as c,
-        concurrent.futures.ThreadPoolExecutor(1) as pool,
     ):
         running = pool.submit(c.run, call_home, port_of(listener), "fine", on_error=on_error)
         with caller(listener), caller(listener):
