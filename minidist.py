@@ -3975,7 +3975,10 @@ async def start_worker(*arguments):
     command = [sys.executable, __file__, "worker", *map(str, arguments), "--until-stdin-ends"]
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     env = {**os.environ, "PYTHONPATH": path}
-    return await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, env=env)
+    # In a session of its own: Ctrl-C in the terminal is for us, and may only interrupt a wait.
+    return await asyncio.create_subprocess_exec(
+        *command, stdin=subprocess.PIPE, env=env, start_new_session=True
+    )
 
 
 async def describe_exit(process):

@@ -669,3 +669,21 @@ async def test_a_coroutine_function_runs_in_the_loop_of_its_worker(c, a, b):
 
     loop, name = await c.submit(where)
     assert loop == id(asyncio.get_running_loop()) and name in ("a", "b")
+
+
+def test_an_interrupt_from_the_terminal_leaves_the_workers_of_a_local_cluster_alone(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, minidist\n"
+        "os.setsid()\n"
+        "client = minidist.Client(n_workers=2)\n"
+        "before = client.run(os.getpid)\n"
+        "try:\n"
+        "    os.killpg(0, signal.SIGINT)\n"
+        "    signal.pause()\n"
+        "except KeyboardInterrupt:\n"
+        "    print(client.run(os.getpid) == before)\n"
+        "client.close()\n"
+    )
+    with process(script, PYTHONPATH=str(ROOT)) as p:
+        assert p.communicate(timeout=30) == ("True\n", "")
