@@ -103,6 +103,7 @@ LIMITS = {
     "known_durations": 10_000,  # function names whose duration the scheduler remembers
     "story": 10_000,  # transitions that a mind remembers
     "argument_bytes": 10_000_000,  # larger arguments of one call get a warning
+    "start_seconds": 60,  # a local cluster's worker processes have to be there
     "stall_seconds": 30,  # a peer that takes no byte for so long is dropped
 }
 
@@ -2444,6 +2445,7 @@ class Body:
 
     role = ""  # as what it introduces itself to a peer that it connects to, ...
     role_when_called = ""  # ... and to one that connects to it
+    server = None  # of asyncio, while it listens
     id = ""  # the worker process that whoever connects has to mean
 
     def __init__(self, mind):
@@ -2604,7 +2606,8 @@ class Scheduler(Body):
 
     async def close(self):
         """Hang up on everybody.  Workers end, and clients' pending futures are cancelled."""
-        self.server.close()
+        if self.server:
+            self.server.close()
         deadline = time.monotonic() + 1
         while self.ended.is_set() and self.state.workers and time.monotonic() < deadline:
             # They were told good-bye, and hang up first: if we did while something of theirs is
@@ -2811,9 +2814,8 @@ class Worker(Body):
                 raise RuntimeError(f"{text}: {type(error).__name__}: {error}") from error
             start = time.perf_counter_ns()
             result = func(*args, **kwargs)
-            if asyncio.iscoroutine(
-                result
-            ):  # It runs in the loop; its thread is taken all the same.
+            if inspect.iscoroutine(result):
+                # It runs in the loop; its thread is taken all the same.
                 result = asyncio.run_coroutine_threadsafe(self.run(result), self.loop).result()
             duration_us = (time.perf_counter_ns() - start) // 1000
             nbytes, value = sizeof(result), ()
@@ -3107,6 +3109,7 @@ class Threaded:
         try:
             self._run(self.__aenter__())
         except BaseException:
+            self._run(self._close())  # What was started already ends.
             self._stop_loop()
             raise
 
@@ -3156,7 +3159,7 @@ class Client(Threaded, Body):
     """Submits calls to a cluster.
 
     ``address`` is the scheduler's ("HOST:PORT"), or a LocalCluster; it is tried again for
-    ``timeout`` seconds.  Without one, a LocalCluster with the ``cluster_options`` is started, and
+    ``timeout`` seconds.  Without one, a LocalCluster with the other ``options`` is started, and
     ends with the client.  As a context manager it closes itself.  With ``asynchronous=True`` it
     lives in the running event loop: use ``async with`` (or ``await`` it); methods that wait return
     awaitables, and futures can be awaited.  Otherwise its own loop runs in a thread, so that it
@@ -3927,19 +3930,35 @@ class LocalCluster(Threaded):
         self._live(asynchronous)
 
     async def __aenter__(self):
+        try:
+            await self._start()
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def _start(self):
         await self.scheduler.__aenter__()
+        self.scheduler.start(self._end())
         self.address = self.scheduler.address
         names = [str(number) for number in range(self.n_workers)]
-        if self.processes:
-            self.keepers = [self.scheduler.start(self._keep(name)) for name in names]
-            async with asyncio.timeout(60):  # Why they do not start they say on standard error.
-                while len(self.scheduler.state.workers) < len(names):
-                    await asyncio.sleep(0.01)
-        else:
+        if not self.processes:
             for name in names:
                 worker = Worker(self.address, self.threads_per_worker, name)
                 self.workers.append(await worker.__aenter__())
-        return self
+            return
+        self.keepers = [self.scheduler.start(self._keep(name)) for name in names]
+        deadline = time.monotonic() + LIMITS["start_seconds"]
+        while (there := len(self.scheduler.state.workers)) < len(names):
+            if time.monotonic() > deadline:
+                text = f"{there} of {len(names)} worker processes have started"
+                raise TimeoutError(f"{text}; why, the others have said on standard error")
+            await asyncio.sleep(0.01)
+
+    async def _end(self):
+        """A client may shut the cluster down."""
+        await self.scheduler.ended.wait()
+        await self._close()
 
     async def _keep(self, name):
         """Run a worker process; when it is lost, another."""

@@ -687,3 +687,43 @@ def test_an_interrupt_from_the_terminal_leaves_the_workers_of_a_local_cluster_al
     )
     with process(script, PYTHONPATH=str(ROOT)) as p:
         assert p.communicate(timeout=30) == ("True\n", "")
+
+
+def count_to(n):
+    yield from range(n)
+
+
+@on_cluster
+async def test_a_generator_is_a_result_like_any_other_and_no_coroutine(c, a, b):
+    counting = c.submit(count_to, 3, workers="a")
+    assert await c.submit(list, counting, workers="a") == [0, 1, 2]
+
+
+def test_a_client_that_shuts_down_ends_a_local_cluster_that_it_was_given():
+    with minidist.LocalCluster(n_workers=1, threads_per_worker=1) as cluster:
+        c = Client(cluster)
+        (pid,) = c.run(os.getpid).values()
+        c.shutdown()
+        with pytest.raises(OSError, match="no scheduler"):
+            for _ in range(1000):  # Until it has ended: then nobody listens any more.
+                Client(cluster.address, timeout=0).close()
+        assert not cluster.scheduler.state.workers
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_local_cluster_whose_workers_do_not_start_says_so_and_leaves_nothing(monkeypatch):
+    monkeypatch.setitem(LIMITS, "start_seconds", 0.2)
+    monkeypatch.setattr(minidist.sys, "executable", "/bin/false")
+    before = threading.active_count()
+    with pytest.raises(TimeoutError, match="0 of 1 worker processes have started"):
+        Client(n_workers=1)
+    assert threading.active_count() == before
+
+
+def test_a_local_cluster_on_a_port_that_is_taken_says_so_and_leaves_nothing():
+    before = threading.active_count()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(OSError, match="address already in use"):
+            Client(n_workers=1, port=taken.getsockname()[1])
+    assert threading.active_count() == before
