@@ -188,24 +188,28 @@ def test_workers_are_called_by_name_address_and_host():
         assert s.tasks["x"].processing_on.name == "n"
 
 
-def test_an_idle_worker_steals_what_waits_for_another_if_moving_its_inputs_costs_less():
-    s = Scheduler("v", "w")
+def test_a_worker_that_joins_steals_what_waits_for_another():
+    s = Scheduler("w")
     s.submit("big")
-    holder, _ = s.finish("big", nbytes=1_000_000)
+    s.finish("big", nbytes=1_000_000)
     for n in range(4):
         s.submit(f"y{n}", "big")  # Half a second each, for all that is known.
-    other = s.workers["v" if holder == "w" else "w"]
-    first = next(iter(other.processing.values()))[0].key
+    assert [len(s.workers["w"].processing), len(s.workers["w"].queue)] == [1, 3]
     sent(s)
-    s.finish(first)
-    (stolen, _), *_ = other.processing.values()
-    assert stolen.key != first and stolen.state == "processing"
-    s = Scheduler("v", "w").measured("f", duration_us=10)
+    s.stimulus_register_worker("v", "v", 1, [], [])
+    assert s.computing() == [("v", "y1")]
+
+
+def test_tiny_tasks_stay_where_their_large_input_is():
+    s = Scheduler("w").measured("f", duration_us=10)
     s.submit("big")
-    holder, _ = s.finish("big", nbytes=1_000_000_000)
-    for n in range(50):
+    s.finish("big", nbytes=1_000_000_000)
+    for n in range(500):
         s.submit(f"y{n}", "big", name="f")
-    assert {peer for peer, _ in s.computing()} == {holder}, "tiny tasks stay with large data"
+    assert s.workers["w"].queue
+    sent(s)
+    s.stimulus_register_worker("v", "v", 1, [], [])
+    assert s.computing() == []
 
 
 def test_a_worker_that_gave_back_what_came_late_gets_one_task_a_thread_until_one_has_ended():
@@ -238,6 +242,20 @@ def test_what_was_on_a_worker_that_died_runs_alone_and_only_who_was_alone_is_bla
     assert kind == "KilledWorker" and text.count("exit code 3 at 12:00:00") == ALLOWED_FAILURES + 1
 
 
+def test_a_suspect_is_not_sent_to_a_worker_that_holds_something_else():
+    s = Scheduler("v", "w", nthreads=2)
+    s.submit("on v", workers=["name of v"])
+    s.submit("on w", workers=["name of w"], loose=True)
+    s.stimulus_worker_left("w")
+    assert s.states() == {"on v": "processing", "on w": "queued"}
+    s.submit("later")
+    assert s.states()["later"] == "queued", "the worker runs empty for it"
+    s.finish("on v")
+    assert s.states() == {"on v": "memory", "on w": "processing", "later": "queued"}
+    s.finish("on w")
+    assert s.states()["later"] == "processing"
+
+
 def test_a_worker_that_leaves_goes_when_what_only_it_has_is_elsewhere():
     s = Scheduler("v", "w")
     s.submit("x", workers=["name of w"])
@@ -262,8 +280,9 @@ def test_silent_workers_are_dead_and_nothing_is_sent_from_one_to_the_next():
     s.stimulus_time_passes(31_000_000)
     assert s.states() == {"x": "no-worker"} and len(s.tasks["x"].deaths) == 1
     s.stimulus_register_worker("u", "u", 1, [], [])
-    s.stimulus_heartbeat("u")
     s.stimulus_time_passes(60_000_000)
+    s.stimulus_heartbeat("u")
+    s.stimulus_time_passes(85_000_000)
     assert list(s.workers) == ["u"]
 
 
