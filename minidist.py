@@ -2560,17 +2560,23 @@ def reachable(host):
             return "127.0.0.1"
 
 
-async def reach_scheduler(address, role, timeout):
-    """A Connection; while nobody is there, it is tried again for ``timeout`` s (None: for ever)."""
+async def reach_scheduler(address, body, timeout):
+    """Register with the scheduler: (Connection, its first message, those that came with it).
+
+    While nobody is there, it is tried again for ``timeout`` seconds (None: for ever).
+    """
     deadline = time.monotonic() + (math.inf if timeout is None else timeout)
     for trial in count():
         connection = Connection()
         try:
-            await connection.connect(address, role)
-            return connection
+            await connection.connect(address, body.role)
+            connection.send(await body.introduce(connection))
+            first, *batch = await connection.receive()
+            return connection, first, batch
         except PermissionError as error:
             raise PermissionError(f"{address}: {error}") from None
         except (OSError, EOFError) as error:
+            connection.hang_up()
             if time.monotonic() >= deadline:
                 text = f"no scheduler at {address} within {timeout} s ({error!r})"
                 raise ConnectionError(text) from error
@@ -2704,16 +2710,20 @@ class Worker(Body):
         self.waking = self.ticking = self.closed = False
         self.parting = "it is gone"  # why the scheduler's stream has ended; "" after a good-bye
 
+    async def introduce(self, connection):
+        """Listen where the scheduler was reached from: that is where peers will look for us."""
+        if self.server is None:
+            await self.listen(connection.writer.get_extra_info("sockname")[0], 0)
+            self.id = f"{self.address}#{unique()[:8]}"
+            self.name = str(self.name if self.name is not None else self.address)
+        about = {"name": self.name, "nthreads": self.nthreads, "values": [], "attempts": []}
+        return {"op": "register-worker", "id": self.id, **about}
+
     async def __aenter__(self):
-        """Connect, listen where the scheduler was reached from, register, start the threads."""
+        """Connect, listen, register, start the threads."""
         self.loop = asyncio.get_running_loop()
-        self.scheduler = await reach_scheduler(self.scheduler_address, self.role, self.timeout)
-        await self.listen(self.scheduler.writer.get_extra_info("sockname")[0], 0)
-        self.id = f"{self.address}#{unique()[:8]}"
-        self.name = str(self.name if self.name is not None else self.address)
-        register = {"name": self.name, "nthreads": self.nthreads, "values": [], "attempts": []}
-        self.scheduler.send({"op": "register-worker", "id": self.id, **register})
-        first, *batch = await self.scheduler.receive()
+        reached = await reach_scheduler(self.scheduler_address, self, self.timeout)
+        self.scheduler, first, batch = reached
         if first["op"] == "refused":
             await self.close()
             raise ValueError(f"{self.scheduler_address}: {first['text']}")
@@ -3206,16 +3216,17 @@ class Client(Threaded, Body):
             if self.cluster:
                 await self.cluster
                 self._address = self.cluster.address
-            self._scheduler = await reach_scheduler(self._address, self.role, self._timeout)
-            self.id = f"{self.name or 'client'}-{unique()[:8]}"
-            self._scheduler.send({"op": "register-client", "id": self.id, "wants": []})
-            _, *batch = await self._scheduler.receive()
+            self._scheduler, _, batch = await reach_scheduler(self._address, self, self._timeout)
             self._refusal, self.links[SCHEDULER] = None, self._scheduler
             self.start(self._listen(batch))
             await self._ask("workers")
             if self._set_as_default:
                 Client._instances.append(self)
         return self
+
+    async def introduce(self, connection):
+        self.id = f"{self.name or 'client'}-{unique()[:8]}"
+        return {"op": "register-client", "id": self.id, "wants": []}
 
     @classmethod
     def current(cls):

@@ -707,9 +707,28 @@ def test_a_client_that_shuts_down_ends_a_local_cluster_that_it_was_given():
         with pytest.raises(OSError, match="no scheduler"):
             for _ in range(1000):  # Until it has ended: then nobody listens any more.
                 Client(cluster.address, timeout=0).close()
-        assert not cluster.scheduler.state.workers
+    assert not cluster.scheduler.state.workers
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+class Leaving(minidist.Scheduler):
+    """Hangs up on whoever has registered, as one does that is about to end."""
+
+    async def serve(self, connection):
+        await connection.receive()
+
+
+@pytest.mark.parametrize("peer", [Client, Worker])
+def test_a_scheduler_that_hangs_up_before_it_answers_is_not_there(peer):
+    async def main():
+        async with Leaving() as s:
+            options = {"asynchronous": True} if peer is Client else {}
+            with pytest.raises(OSError, match=f"no scheduler at {s.address}"):
+                async with peer(s.address, timeout=0.2, **options):
+                    pass
+
+    asyncio.run(main())
 
 
 def test_a_local_cluster_whose_workers_do_not_start_says_so_and_leaves_nothing(monkeypatch):
