@@ -503,7 +503,6 @@ class ClientMind(FetchingMind):
         super().stimulus_link_lost(holder)
         for state in [state for state in self.futures.values() if state.put[:1] == (holder,)]:
             self.send(SCHEDULER, "put-failed", state.key, state.put[1])
-            state.put = ()
 
     def stimulus_cancel(self, states, force):
         """The user cancels: these states leave the table at once."""
@@ -731,10 +730,10 @@ class TaskState:
     misses: int = 0  # how often one of its inputs, or its value, could not be had
     suspect: bool = False  # it was on a worker that died, and has not ended since
     deaths: tuple = ()  # the workers that died while it was alone there, and how
+    stuck: bool = False  # somebody could not fetch the only copy there is
     # Of data only:
     givers: "dict[ClientState, bool] | tuple[()]" = ()  # who has it until it is in memory, and
     #                                                     whether all workers should get it
-    stuck: bool = False  # somebody could not fetch the only copy there is
     lost: str = ""  # with which worker
     why: str = ""  # why it cannot be computed again, though once it was
 
@@ -1041,8 +1040,6 @@ class SchedulerMind(Mind):
         ws.leaving = {}
         self.account(ws, 0, 0)
         self.withdraw(ws)
-        for ts in ws.has_what:
-            self.hand_over(ts, ws)
         self.settle()
 
     def stimulus_worker_left(self, worker, how="connection lost"):
@@ -1121,21 +1118,24 @@ class SchedulerMind(Mind):
         ``misses`` says which inputs it could not have, and who was asked.  What happens next is
         ordinary placement.  A copy is an attempt that is returned as soon as its input is there.
         """
-        ws = self.workers[worker]
+        ws, missed = self.workers[worker], ""
         for key, number, holders in misses:
             ts = self.tasks.get(key)
             # Another number: that value was lost or let go, and the miss is no news.
             if ts is not None and ts.attempt == number and ts.state == "memory":
+                missed = f"{worker} could not fetch {key!r} from {', '.join(holders)}"
                 self.strike(ts, holders)
         if attempt in ws.arriving:
-            self.end_arrival(ws.arriving[attempt], attempt)
+            ts = ws.arriving[attempt]
+            # Neither here nor missed: then its holder cannot pickle it.
+            ts.stuck = ts.stuck or not (misses or ws in ts.who_has or ws.leaving is not None)
+            self.end_arrival(ts, attempt)
         elif attempt in ws.processing:  # Else a copy that nobody needs any more.
             ts = ws.processing[attempt][0]
             ws.late = ws.late or (not misses and ts.attempt == attempt)
             ts, current = self.end_attempt(ws, attempt)
-            if current and misses:
-                key, _, holders = misses[0]
-                self.miss(ts, f"{worker} could not fetch {key!r} from {', '.join(holders)}")
+            if current and missed:
+                self.miss(ts, missed)
         self.settle()
 
     def stimulus_add_keys(self, worker, names):
@@ -1194,10 +1194,12 @@ class SchedulerMind(Mind):
             if ws is None:
                 break
             self.process(ts, ws)
-        for ws in list(self.by_load[LEAVING]):
+        for ws in [ws for ws in self.by_load[LEAVING] if not ws.leaving]:
+            # Others may have come or gone since it was last looked at what only this one has.
+            self.hand_over(ws)
             if not ws.leaving:
                 self.send(ws.id, "goodbye")
-                self.stimulus_worker_left(ws.id, "it said good-bye")
+                return self.stimulus_worker_left(ws.id, "it said good-bye")  # Then the next.
 
     def size(self):
         return len(self.tasks)
@@ -1319,10 +1321,10 @@ class SchedulerMind(Mind):
             dependency.waiters[ts] = None
             if dependency.state == "erred":
                 ts.error = dependency.error
+            if dependency.state == "waiting":
+                self.cancel_if_lost(dependency)
             self.mark(dependency)
-        if not (ts.run_spec or ts.givers):
-            how = f"was lost with {ts.lost}" if ts.lost else "could not be put on any worker"
-            self.cancel(ts, "waiters", f"the data {ts.key!r} {how}{ts.why}")
+        self.cancel_if_lost(ts)
 
     def leave_waiting(self, ts):
         ts.waiting_on = ()
@@ -1398,11 +1400,11 @@ class SchedulerMind(Mind):
 
         Then whoever waits for it, and is not under way with it, has to wait again.
         """
-        for attempt in list(ts.copying):
-            self.end_arrival(ts, attempt)
         for ws in list(ts.who_has):
             self.send_name(ws.id, "free-keys", (ts.key, ts.attempt))
             self.remove_replica(ts, ws)
+        for attempt in list(ts.copying):
+            self.end_arrival(ts, attempt)
         for dependent in ts.waiters:
             if dependent.state != "processing":
                 dependent.waiting_on = dependent.waiting_on or {}
@@ -1480,6 +1482,12 @@ class SchedulerMind(Mind):
             more = [other for other in getattr(each, relation) if other not in seen]
             seen.update(more)
             found += more
+
+    def cancel_if_lost(self, ts):
+        """Data that nobody has is lost for good, and with it whatever waits for it."""
+        if not (ts.run_spec or ts.givers):
+            how = f"was lost with {ts.lost}" if ts.lost else "could not be put on any worker"
+            self.cancel(ts, "waiters", f"the data {ts.key!r} {how}{ts.why}")
 
     def stop_needing(self, ts):
         """It is unfinished no longer: its dependencies may not be needed any more."""
@@ -1585,13 +1593,15 @@ class SchedulerMind(Mind):
             for cs in list(ts.who_wants):
                 self.tell(cs, ts)
 
-    def hand_over(self, ts, ws):
-        """Copy what a leaving worker alone holds, if there is a worker that could have it."""
-        target = self.least_loaded(FULL)
-        if target is not None and len(ts.who_has) == 1:
-            ws.leaving[ts] = None
-            if not ts.copying:
-                self.copy(ts, target)
+    def hand_over(self, ws):
+        """Copy what ``ws`` holds and none that stays, as long as there is one that could have it."""
+        for ts in ws.has_what:
+            target = self.least_loaded(FULL)
+            alone = all(holder.load == LEAVING for holder in ts.who_has)
+            if alone and target is not None and not ts.stuck:
+                ws.leaving[ts] = None
+                if not ts.copying:
+                    self.copy(ts, target)
 
     def add_replica(self, ts, ws):
         if ws not in ts.who_has:
@@ -1599,10 +1609,9 @@ class SchedulerMind(Mind):
             ws.nbytes += ts.nbytes
             ts.stuck = False
             self.mark(ts)
+            self.changed[ws] = None  # It may steal what has to move less now.
             for cs in [cs for cs, about in self.complaints if about is ts]:
                 self.tell(cs, ts)
-            if ws.leaving is not None:
-                self.hand_over(ts, ws)
 
     def remove_replica(self, ts, ws):
         del ts.who_has[ws]
@@ -1686,10 +1695,11 @@ class SchedulerMind(Mind):
 
     def validate_task(self, ts):
         # T1. A field owned by a state is set in exactly that state.
-        owners = {"who_has": "memory", "processing_on": "processing", "waiting_on": "waiting"}
-        for field, state in (owners | {"error": "erred"}).items():
-            assert bool(getattr(ts, field)) == (ts.state == state), ts
+        assert bool(ts.waiting_on) == (ts.state == "waiting"), ts
         assert (ts.queue is not None) == (ts.state == "queued"), ts
+        assert (ts.processing_on is not None) == (ts.state == "processing"), ts
+        assert bool(ts.who_has) == (ts.state == "memory"), ts
+        assert bool(ts.error) == (ts.state == "erred"), ts
         assert bool(ts.attempt) == (ts.state in ("processing", "memory")) and not ts.value, ts
         assert ts.state == "memory" or not (ts.copying or ts.stuck), ts
         # T2. What nobody needs is not kept; what somebody needs is not left undone.
@@ -1847,11 +1857,11 @@ class WorkerMind(FetchingMind):
     def stimulus_leave(self):
         """This worker has to go: what has not begun goes back, and nothing new is taken."""
         self.leaving = True
+        self.send(SCHEDULER, "leave")  # First: else the scheduler might send it back to us.
         for attempt in self.attempts.values():
             if attempt.state != "executing":
                 self.give_back(attempt)
         self.settle()
-        self.send(SCHEDULER, "leave")
 
     def stimulus_put_data(self, client, key, attempt, value):
         """A client puts data here; the body has stored it."""

@@ -16,6 +16,7 @@ import traceback
 
 import pytest
 from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 import minidist
 from minidist import (
@@ -24,6 +25,7 @@ from minidist import (
     ProtocolError,
     RemoteError,
     Worker,
+    check_message,
     dumps,
     loads,
     pack,
@@ -37,6 +39,7 @@ from test_minidist import (  # noqa: F401
     RUNS,
     SCRIPT,
     address_of,
+    anything_in_json,
     call_home,
     environment,
     listener,
@@ -46,6 +49,7 @@ from test_minidist import (  # noqa: F401
     read,
     scheduler,
     slow_pow,
+    some_batches,
     through,
     until,
 )
@@ -746,3 +750,27 @@ def test_a_local_cluster_on_a_port_that_is_taken_says_so_and_leaves_nothing():
         with pytest.raises(OSError, match="address already in use"):
             Client(n_workers=1, port=taken.getsockname()[1])
     assert threading.active_count() == before
+
+
+def test_a_frame_that_did_not_come_is_refused():
+    message = dict(op="put-data", key="x", attempt=1, value=[1])
+    with pytest.raises(ProtocolError):
+        check_message(message, [b"only one"], "client")
+
+
+@settings(deadline=None)
+@given(some_batches(), st.data())
+def test_a_field_of_another_kind_is_a_protocol_error_and_nothing_else(sent_batches, data):
+    sender, batches = sent_batches
+    assume(batches and batches[0])
+    message = batches[0][0]
+    message[data.draw(st.sampled_from([*message]))] = data.draw(anything_in_json)
+    with contextlib.suppress(ProtocolError):
+        ((got, *_),) = read(pack(batches[0]), sender)
+        hash(got.get("key"))
+
+
+def test_a_frame_that_messages_share_travels_once():
+    function = bytes(10_000)
+    message = {"op": "warning", "text": (function, b"arguments")}
+    assert sum(map(len, pack([message] * 100))) < 20_000

@@ -380,4 +380,4 @@ def test_a_worker_that_leaves_gives_back_what_has_not_begun_and_takes_nothing_ne
     w.stimulus_leave()
     compute(w, 3)
     said = [(op, fields.get("attempt")) for _, op, fields in sent(w)]
-    assert said == [("task-returned", 2), ("leave", None), ("task-returned", 3)]
+    assert said == [("leave", None), ("task-returned", 2), ("task-returned", 3)]

@@ -1,0 +1,75 @@
+"""The API on a live cluster: what the textbook and the contract have no room for."""
+
+import asyncio
+import operator
+import re
+import threading
+
+import minidist
+from minidist import Client, Worker, wait
+from test_minidist import GATES, RUNS, environment, on_cluster, slow_pow, through, until  # noqa: F401
+
+
+@on_cluster
+async def test_a_future_tells_its_key_and_status_and_what_it_will_be(c, a, b):
+    pending, bad = c.submit(through, 0, 5, key=("x", 1)), c.submit(int, "no number", key="bad")
+    assert pending.key == ("x", 1) and pending.status == "pending" and not pending.done()
+    assert "pending" in repr(pending)
+    GATES[0].set()
+    assert await pending.exception() is None and await pending.traceback() is None
+    assert pending.status == "finished" and pending.done() and await pending == 5
+    assert await bad.exception() and bad.status == "error" and bad.done()
+    good = c.submit(slow_pow, 2, 3)
+    await good
+    assert re.fullmatch("<Future: finished, type: int, key: slow_pow-[0-9a-f]{32}>", repr(good))
+    assert repr(bad) == "<Future: error, key: bad>"
+
+
+@on_cluster
+async def test_a_call_whose_last_future_is_gone_runs_again(c, a, b):
+    GATES[0].set()
+    x = c.submit(through, 0, "x")
+    await x
+    del x
+    await until(lambda: not a.data and not b.data)
+    assert await c.submit(through, 0, "x") == "x" and RUNS == ["x", "x"]
+
+
+@on_cluster
+async def test_released_and_dropped_results_leave_the_workers(c, a, b):
+    x, y = c.map(abs, [-1, -2])
+    z = c.submit(operator.add, x, y)
+    assert await z == 3
+    x.release()
+    x.release()
+    del y
+    await until(lambda: [*a.data, *b.data] == [z.key])
+    assert await z == 3
+
+
+@on_cluster
+async def test_a_lost_result_is_computed_again(c, a, b):
+    GATES[0].set()
+    futures = c.map(through, [0] * 20, range(20))
+    await wait(futures)
+    await b.close()
+    assert await c.gather(futures) == list(range(20))
+
+
+def test_when_all_clients_are_gone_nothing_is_left_on_scheduler_and_workers():
+    async def main():
+        before = asyncio.all_tasks()
+        async with minidist.Scheduler() as s, Worker(s.address, nthreads=1) as a:
+            async with Client(s.address, asynchronous=True) as c:
+                futures = [*c.map(abs, range(5)), c.submit(int, "no number")]
+                futures.append(c.submit(abs, futures[0]))
+                await wait(futures)
+                assert len(s.state.tasks) == 7 and len(s.state.workers) == 1
+            await until(lambda: not s.state.tasks and not a.data)
+            s.state.validate()
+            threads = [t for t in threading.enumerate() if t.name.startswith("minidist-")]
+        for thread in threads:
+            thread.join(30)
+        assert threads and asyncio.all_tasks() == before
+
+    asyncio.run(asyncio.wait_for(main(), 30))

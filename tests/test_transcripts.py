@@ -1,0 +1,223 @@
+"""More transcripts of the three minds, in the manner of the textbook's chapters 2 to 4."""
+
+from collections import Counter
+
+from minidist import ALLOWED_FAILURES, SCHEDULER
+from test_minidist import Scheduler, WorkerByHand, client_with_x, sent
+
+
+def test_releases_in_a_row_travel_in_one_message():
+    client, x = client_with_x()
+    y = client.stimulus_submit("y", "inc", (), [], 0)
+    sent(client)
+    client.stimulus_release(x)
+    client.stimulus_release(y)
+    assert sent(client) == [(SCHEDULER, "release-keys", {"names": [("x", 1), ("y", 2)]})]
+
+
+def test_an_error_that_was_fetched_is_final_too():
+    client, x = client_with_x(value=())
+    client.stimulus_ask([x])
+    client.stimulus_data("w", "x", 5, "error", (b"cannot pickle",))
+    client.stimulus_key_lost(SCHEDULER, "x", 1)
+    assert (x.status, x.exception) == ("error", (b"cannot pickle",))
+
+
+def test_a_value_whose_holders_are_all_gone_is_reported_and_not_waited_for():
+    client, x = client_with_x(value=())
+    client.stimulus_worker_left(SCHEDULER, "w")
+    client.stimulus_ask([x])
+    fields = dict(key="x", want=1, attempt=5, holders=[])
+    assert (x.status, sent(client)) == ("pending", [(SCHEDULER, "fetch-missed", fields)])
+
+
+def test_long_tasks_are_not_hoarded():
+    s = Scheduler("w", nthreads=3).measured("f", duration_us=2_000_000)
+    for n in range(20):
+        s.submit(f"x{n}", name="f")
+    assert len(s.computing()) == 3
+
+
+def test_a_second_worker_of_one_name_is_refused():
+    s = Scheduler("w")
+    s.stimulus_register_worker("v", "name of w", 1, [], [])
+    (answer,) = sent(s)
+    assert answer[:2] == ("v", "refused") and "name of w" in answer[2]["text"]
+    s.stimulus_worker_left("v")
+    assert list(s.workers) == ["w"]
+
+
+def test_a_submit_with_an_input_that_this_client_does_not_want_is_cancelled():
+    s = Scheduler("w", clients="cd")
+    s.submit("x", client="c")
+    sent(s)
+    s.submit("y", "x", client="d")
+    ((peer, op, fields),) = sent(s)
+    assert (peer, op, fields["key"]) == ("d", "key-cancelled", "y") and "'x'" in fields["text"]
+    assert s.states() == {"x": "processing"}
+
+
+def test_an_attempt_outlives_the_failure_of_an_input_that_it_has_fetched_already():
+    s = Scheduler("w")
+    s.submit("x")
+    s.finish("x")
+    s.stimulus_register_worker("v", "v", 1, [], [])
+    s.submit("busy", "x")
+    s.submit("y", "x")
+    assert {ts.key for ts, _ in s.workers["v"].processing.values()} == {"y"}
+    s.stimulus_worker_left("w")
+    s.stimulus_register_worker("w2", "w2", 1, [], [])
+    s.stimulus_task_erred("w2", s.tasks["x"].attempt, (b"boom",))
+    assert s.states() == {"x": "erred", "busy": "erred", "y": "processing"}
+    s.finish("y")
+    assert s.states() == {"x": "erred", "busy": "erred", "y": "memory"}
+
+
+def test_a_client_that_missed_is_told_of_the_other_holders():
+    s = Scheduler("v", "w")
+    s.submit("x")
+    holder, attempt = s.finish("x")
+    other = "w" if holder == "v" else "v"
+    s.stimulus_add_keys(other, [("x", attempt)])
+    sent(s)
+    s.stimulus_fetch_missed("c", "x", 1, attempt, [holder])
+    (freed, told) = sent(s)
+    assert (told[1], told[2]["holders"]) == ("key-in-memory", [other])
+    assert freed == (holder, "free-keys", {"names": [("x", attempt)]})
+
+
+def test_a_client_that_missed_every_holder_makes_the_task_run_again_but_not_for_ever():
+    s = Scheduler("w")
+    s.submit("x")
+    for _ in range(ALLOWED_FAILURES):
+        _, attempt = s.finish("x")
+        s.stimulus_fetch_missed("c", "x", 1, attempt, ["w"])
+        assert s.states() == {"x": "processing"}
+    _, attempt = s.finish("x")
+    s.stimulus_fetch_missed("c", "x", 1, attempt, ["w"])
+    assert s.states() == {"x": "erred"}
+    assert "could not be fetched from w" in sent(s)[-1][2]["text"]
+
+
+def test_a_task_that_is_returned_with_misses_too_often_errs():
+    s = Scheduler("v", "w")
+    s.submit("x")
+    holder, attempt = s.finish("x", nbytes=1)
+    s.submit("busy", "x")
+    s.submit("y", "x")
+    away = s.tasks["y"].processing_on.id
+    for n in range(ALLOWED_FAILURES + 1):
+        y = s.tasks["y"]
+        worker = y.processing_on.id
+        s.stimulus_task_returned(worker, y.attempt, [("x", attempt, ["elsewhere"])])
+    assert away and y.state == "erred"
+    assert y.error[2] == f"{worker} could not fetch 'x' from elsewhere"
+
+
+def test_a_returned_task_waits_without_an_attempt():
+    s = Scheduler("w")
+    s.submit("x")
+    s.finish("x")
+    s.submit("y", "x")
+    s.submit("z", priority=1)  # It gets the thread that y gives back.
+    s.stimulus_task_returned("w", s.tasks["y"].attempt, [("x", 1, ["w"])])
+    assert s.states() == {"x": "queued", "y": "waiting", "z": "processing"}
+    assert s.tasks["y"].attempt == s.tasks["x"].attempt == 0
+
+
+def test_an_input_that_is_made_again_leaves_alone_the_attempt_that_had_it():
+    s = Scheduler("w")
+    s.submit("x")
+    s.finish("x")
+    s.stimulus_register_worker("v", "v", 2, [], [])
+    s.submit("busy", "x")
+    s.submit("y", "x")
+    s.stimulus_worker_left("w")
+    s.finish("x")
+    assert s.states() == {"x": "memory", "busy": "queued", "y": "processing"}
+
+
+def test_a_value_that_cannot_be_had_fails_the_dependents_that_wait_for_room():
+    s = Scheduler("w")
+    s.submit("x")
+    for _ in range(ALLOWED_FAILURES):
+        s.stimulus_fetch_missed("c", "x", 1, s.finish("x")[1], ["w"])
+    _, attempt = s.finish("x")
+    s.submit("y", "x")
+    s.submit("z", "x")
+    assert s.states() == {"x": "memory", "y": "processing", "z": "queued"}
+    s.stimulus_fetch_missed("c", "x", 1, attempt, ["w"])
+    assert s.states() == {"x": "erred", "y": "processing", "z": "erred"}
+
+
+def test_a_task_that_is_let_go_makes_way_for_a_shorter_one_behind_it():
+    s = Scheduler("w").measured("f", duration_us=10)
+    s.submit("x")
+    s.finish("x")
+    s.submit("running", "x", name="f")
+    s.submit("long", "x")
+    s.submit("short", "x", name="f")
+    sent(s)
+    s.release("long")
+    assert s.computing() == [("w", "short")]
+
+
+def test_news_of_a_replica_that_nobody_needs_is_answered_by_free_keys():
+    s = Scheduler("w")
+    s.stimulus_add_keys("w", [("x", 7)])
+    assert sent(s) == [("w", "free-keys", {"names": [("x", 7)]})]
+
+
+def test_an_error_at_the_head_of_a_long_chain_reaches_its_end():
+    s = Scheduler("w")
+    s.submit("0")
+    for n in range(1, 5_000):
+        s.submit(str(n), str(n - 1))
+    s.stimulus_task_erred("w", 1, (b"boom",))
+    assert set(s.states().values()) == {"erred"}
+
+
+def test_an_input_that_its_holder_cannot_pickle_fails_the_attempt():
+    w = WorkerByHand().compute(7, "x")
+    w.stimulus_data("v", "x", 1, "error", (b"cannot pickle",))
+    assert sent(w)[-1][:2] == (SCHEDULER, "task-erred")
+
+
+def test_a_dead_holder_is_not_waited_for():
+    w = WorkerByHand().compute(7, "x", holders=["u", "v"])
+    sent(w)
+    w.stimulus_worker_left(SCHEDULER, "u")
+    assert sent(w) == [("v", "get-data", {"names": [("x", 1)]})]
+    w.stimulus_worker_left(SCHEDULER, "v")
+    assert w.states() == {}
+
+
+def test_when_the_scheduler_is_lost_what_is_not_here_is_cancelled():
+    client, x = client_with_x()
+    y = client.stimulus_submit("y", "inc", (), [], 0)
+    client.stimulus_key_in_memory(SCHEDULER, "y", 2, 6, 8, "int", [], (b"1",))
+    client.stimulus_scheduler_left("the scheduler is gone")
+    assert (x.status, x.text, y.status) == ("cancelled", "the scheduler is gone", "finished")
+
+
+def test_a_late_release_does_not_touch_a_newer_want():
+    s = Scheduler("w")
+    s.submit("x", want=2)
+    s.release("x", want=1)
+    assert s.states() == {"x": "processing"}
+
+
+def test_a_long_chain_is_no_deep_recursion():
+    s = Scheduler("w")
+    s.submit("0")
+    for n in range(1, 5_000):
+        s.submit(str(n), str(n - 1), name="f")
+    for n in range(5_000):
+        s.finish(str(n), duration_us=10)
+    assert set(s.states().values()) == {"memory"}
+    s.release(*(str(n) for n in range(4_999)))
+    s.stimulus_worker_left("w")
+    s.stimulus_register_worker("v", "v", 1, [], [])
+    assert Counter(s.states().values()) == {"waiting": 4_999, "processing": 1}
+    s.release("4999")
+    assert s.states() == {}
