@@ -32,7 +32,6 @@ import sys
 import textwrap
 import threading
 import traceback
-import types
 from collections import Counter, deque
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -247,18 +246,6 @@ def test_a_value_is_fetched_only_when_somebody_asks_for_it():
     assert (x.value, sent(client)) == ((b"42",), [])
 
 
-def test_a_client_tries_each_holder_and_then_reports_those_that_missed():
-    client, x = client_with_x(holders=["w", "v"])
-    client.stimulus_ask([x])
-    client.stimulus_link_lost("w")
-    client.stimulus_data("v", "x", 5, "missing", ())
-    assert [(peer, op) for peer, op, _ in sent(client)[:-1]] == [
-        ("w", "get-data"),
-        ("v", "get-data"),
-    ]
-    assert x.status == "pending"
-
-
 def test_a_value_that_is_here_is_final():
     client, x = client_with_x(value=(b"42",))
     client.stimulus_key_lost(SCHEDULER, "x", 1)
@@ -365,26 +352,6 @@ def test_a_task_goes_to_the_holder_of_its_input():
     for key in "xy":
         s.submit(f"on {key}", key)
     assert s.computing() == [(holders["x"], "on x"), (holders["y"], "on y")]
-
-
-def test_a_small_input_moves_to_an_idle_worker_when_its_holder_is_busy():
-    s = Scheduler("v", "w")
-    s.submit("x")
-    holder, _ = s.finish("x", nbytes=8)
-    sent(s)
-    s.submit("first", "x")
-    s.submit("second", "x")
-    assert {key: worker == holder for worker, key in s.computing()} == {
-        "first": True,
-        "second": False,
-    }
-
-
-def test_tasks_that_were_never_measured_go_one_to_a_thread():
-    s = Scheduler("w", nthreads=3)
-    for n in range(20):
-        s.submit(f"x{n}", name="f")
-    assert len(s.computing()) == 3
 
 
 def test_short_tasks_are_sent_a_millisecond_deep():
@@ -1746,15 +1713,6 @@ def test_batches_arrive_as_they_were_sent_however_the_bytes_are_split(sent_batch
     assert read(pieces, sender, len(batches)) == batches
 
 
-@settings(deadline=None)
-@given(some_batches(), st.integers(min_value=0))
-def test_a_stream_that_ends_within_a_batch_is_incomplete(sent_batches, cut):
-    sender, batches = sent_batches
-    stream = b"".join(pack(batches[0] if batches else []))
-    with pytest.raises(asyncio.IncompleteReadError):
-        read([stream[: cut % len(stream)]], sender)
-
-
 anything_in_json = st.recursive(
     st.none()
     | st.booleans()
@@ -1900,33 +1858,6 @@ async def test_submit_calls_a_function_with_its_arguments(c, a, b):
 
 
 @on_cluster
-async def test_futures_at_any_depth_of_the_arguments_become_their_values(c, a, b):
-    x, y = c.submit(abs, -1), c.submit(abs, -2)
-    deep = [x, {"y": (y, [x])}, types.SimpleNamespace(x=x)]
-    total = c.submit(lambda d, k: (d[0], d[1]["y"], d[2].x, k["y"]), deep, k={"y": y})
-    assert await total == (1, (2, [1]), 1, 2)
-
-
-@on_cluster
-async def test_inputs_travel_between_workers(c, a, b):
-    parts = [c.submit(through, 0, i) for i in range(3)]
-    await until(lambda: len(RUNS) == 3)
-    GATES[0].set()
-    assert await c.submit(sum, parts) == 3
-    assert a.data and b.data
-
-
-@on_cluster
-async def test_equal_pure_calls_run_once_while_the_first_future_lives(c, a, b):
-    first, second = c.submit(through, 0, "x"), c.submit(through, 0, "x")
-    GATES[0].set()
-    assert await c.gather([first, second]) == ["x", "x"]
-    assert RUNS == ["x"]
-    first.release()
-    assert await c.submit(through, 0, "x") == "x" and RUNS == ["x"]
-
-
-@on_cluster
 async def test_an_exception_comes_back_as_itself_with_the_frames_of_the_worker(c, a, b):
     f = c.submit(slow_pow, 10, "0.5")
     assert type(await f.exception()) is TypeError
@@ -2014,3 +1945,95 @@ def test_a_killed_worker_costs_time_but_no_result(scheduler, listener):
         running.close(), again.close()
         assert total.result(30) == 1000 + sum(n * n for n in range(50))
         assert c.gather(early) == [n * n for n in range(50)]
+
+
+# ---- Faults on real sockets and processes ----
+#
+# The minds have met every fault in the simulation.  Here it is the bodies that meet a few: each
+# time, all results are right.
+
+
+class Faulty(Worker):
+    """A worker that, when peers ask it for values, does what ``fault`` says."""
+
+    def __init__(self, address, fault):
+        super().__init__(address, nthreads=1, name="faulty")
+        self.fault, self.asked = fault, 0
+
+    async def serve(self, connection):
+        self.asked += 1
+        await self.fault(self, connection)
+
+
+async def with_a_faulty_worker(fault, test, c, scheduler):
+    """On top of a cluster: ``await test(x)`` with a future whose value only the faulty one has."""
+    async with Faulty(scheduler, fault) as worker:
+        x = c.submit(bytes, 100_000, workers="faulty", allow_other_workers=True)
+        await wait(x)
+        assert x.key in worker.data
+        await test(x)
+
+
+@on_cluster
+async def test_a_connection_that_is_cut_in_the_middle_of_a_frame_costs_no_result(c, a, b):
+    async def cut_once(worker, connection):
+        if worker.asked > 1:
+            return await Worker.serve(worker, connection)
+        await connection.receive()
+        value = dict(op="data", key="x", attempt=1, status="ok", value=(bytes(100_000),))
+        connection.writer.write(b"".join(pack([value]))[:50_000])
+
+    async def test(x):
+        assert await c.submit(len, x, workers="a") == 100_000
+        assert await x == bytes(100_000)
+
+    await with_a_faulty_worker(cut_once, test, c, a.scheduler_address)
+
+
+@on_cluster
+async def test_a_worker_that_dies_while_it_serves_three_peers_costs_no_result(c, a, b):
+    async def die_when_three_have_asked(worker, connection):
+        await until(lambda: worker.asked == 3 or worker.closed)
+        if not worker.closed:
+            await worker.close()
+
+    async def test(x):
+        lengths = [c.submit(len, x, workers=name, pure=False) for name in "ab"]
+        values = [x.result(), *(future.result() for future in lengths)]
+        assert await asyncio.gather(*values) == [bytes(100_000), 100_000, 100_000]
+
+    await with_a_faulty_worker(die_when_three_have_asked, test, c, a.scheduler_address)
+
+
+@on_cluster
+async def test_who_reads_slowly_gets_all_and_keeps_nobody_waiting(c, a, b):
+    async with Client(a.scheduler_address, asynchronous=True) as slow:
+        slow._scheduler.writer.transport.pause_reading()
+        futures = slow.map(bytes, range(10_000, 10_200))
+        assert await c.gather(c.map(len, [bytes(n) for n in range(200)])) == list(range(200))
+        slow._scheduler.writer.transport.resume_reading()
+        assert [len(value) for value in await slow.gather(futures)] == list(range(10_000, 10_200))
+
+
+@on_cluster
+async def test_what_a_client_that_vanishes_shared_with_another_is_kept(c, a, b):
+    async with Client(a.scheduler_address, asynchronous=True) as gone:
+        shared, its_own = gone.submit(abs, -1), gone.submit(abs, -2)
+        await wait([shared, its_own])
+        mine = c.submit(abs, -1)
+        await wait(mine)
+        gone._scheduler.hang_up()
+        await until(lambda: [*a.data, *b.data] == [mine.key])
+        assert await mine == 1
+
+
+def test_a_worker_that_is_frozen_is_dead_and_its_task_runs_elsewhere(listener):
+    with process(SCRIPT, "scheduler", "--port", 0, "--worker-ttl", 1) as s:
+        worker = [SCRIPT, "worker", address := address_of(s), "--nthreads", 1]
+        with process(*worker), process(*worker), Client(address) as c:
+            future = c.submit(call_home, listener.getsockname()[1], "done")
+            frozen, _ = listener.accept()
+            os.kill(int.from_bytes(frozen.recv(8), "big"), signal.SIGSTOP)
+            again, _ = listener.accept()
+            assert again.recv(8) and not again.close()
+            assert future.result(30) == "done"

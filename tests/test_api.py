@@ -4,6 +4,7 @@ import asyncio
 import operator
 import re
 import threading
+import types
 
 import minidist
 from minidist import Client, Worker, wait
@@ -73,3 +74,30 @@ def test_when_all_clients_are_gone_nothing_is_left_on_scheduler_and_workers():
         assert threads and asyncio.all_tasks() == before
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+@on_cluster
+async def test_futures_at_any_depth_of_the_arguments_become_their_values(c, a, b):
+    x, y = c.submit(abs, -1), c.submit(abs, -2)
+    deep = [x, {"y": (y, [x])}, types.SimpleNamespace(x=x)]
+    total = c.submit(lambda d, k: (d[0], d[1]["y"], d[2].x, k["y"]), deep, k={"y": y})
+    assert await total == (1, (2, [1]), 1, 2)
+
+
+@on_cluster
+async def test_inputs_travel_between_workers(c, a, b):
+    parts = [c.submit(through, 0, i) for i in range(3)]
+    await until(lambda: len(RUNS) == 3)
+    GATES[0].set()
+    assert await c.submit(sum, parts) == 3
+    assert a.data and b.data
+
+
+@on_cluster
+async def test_equal_pure_calls_run_once_while_the_first_future_lives(c, a, b):
+    first, second = c.submit(through, 0, "x"), c.submit(through, 0, "x")
+    GATES[0].set()
+    assert await c.gather([first, second]) == ["x", "x"]
+    assert RUNS == ["x"]
+    first.release()
+    assert await c.submit(through, 0, "x") == "x" and RUNS == ["x"]

@@ -774,3 +774,12 @@ def test_a_frame_that_messages_share_travels_once():
     function = bytes(10_000)
     message = {"op": "warning", "text": (function, b"arguments")}
     assert sum(map(len, pack([message] * 100))) < 20_000
+
+
+@settings(deadline=None)
+@given(some_batches(), st.integers(min_value=0))
+def test_a_stream_that_ends_within_a_batch_is_incomplete(sent_batches, cut):
+    sender, batches = sent_batches
+    stream = b"".join(pack(batches[0] if batches else []))
+    with pytest.raises(asyncio.IncompleteReadError):
+        read([stream[: cut % len(stream)]], sender)

@@ -221,3 +221,35 @@ def test_a_long_chain_is_no_deep_recursion():
     assert Counter(s.states().values()) == {"waiting": 4_999, "processing": 1}
     s.release("4999")
     assert s.states() == {}
+
+
+def test_a_small_input_moves_to_an_idle_worker_when_its_holder_is_busy():
+    s = Scheduler("v", "w")
+    s.submit("x")
+    holder, _ = s.finish("x", nbytes=8)
+    sent(s)
+    s.submit("first", "x")
+    s.submit("second", "x")
+    assert {key: worker == holder for worker, key in s.computing()} == {
+        "first": True,
+        "second": False,
+    }
+
+
+def test_tasks_that_were_never_measured_go_one_to_a_thread():
+    s = Scheduler("w", nthreads=3)
+    for n in range(20):
+        s.submit(f"x{n}", name="f")
+    assert len(s.computing()) == 3
+
+
+def test_a_client_tries_each_holder_and_then_reports_those_that_missed():
+    client, x = client_with_x(holders=["w", "v"])
+    client.stimulus_ask([x])
+    client.stimulus_link_lost("w")
+    client.stimulus_data("v", "x", 5, "missing", ())
+    assert [(peer, op) for peer, op, _ in sent(client)[:-1]] == [
+        ("w", "get-data"),
+        ("v", "get-data"),
+    ]
+    assert x.status == "pending"
