@@ -2676,9 +2676,10 @@ class Scheduler(Body):
 # ---- 8. Worker: executor threads, peer-to-peer transfers ----
 #
 # One loop talks to the scheduler and to peers; as many threads as tasks may run at a time take
-# what is ready from the mind, which has a lock around it for that reason.  Two things are made
-# once for many tasks: threads hand back results by way of a deque, so that one wake-up of the loop
-# collects many, and the loop wakes no more threads than there are ready attempts.
+# what is ready from the mind, and tell it what came of it; it has a lock around it for that reason.
+# Two things are done once for many tasks: a thread wakes the loop, to send what the mind has to
+# say, only if nobody else has since it sent last; and the loop wakes no more threads than there
+# are ready attempts.
 
 WORKER = contextvars.ContextVar("the worker whose task this is")
 
@@ -2716,7 +2717,6 @@ class Worker(Body):
         self.nthreads, self.name = nthreads or os.cpu_count() or 1, name
         self.lock = threading.Condition()  # Threads take attempts; they wait for a ready one.
         self.store = {}  # {(key, attempt): value or Packed}
-        self.done = deque()  # (stimulus, its arguments, result): what threads hand back
         self.waking = self.ticking = self.closed = False
         self.parting = "it is gone"  # why the scheduler's stream has ended; "" after a good-bye
 
@@ -2787,6 +2787,7 @@ class Worker(Body):
                 self.store[name] = Packed(fields["value"])
 
     def flush(self):
+        self.waking = False  # First: what a thread tells the mind from now on needs a new flush.
         super().flush()
         with self.lock:
             self.lock.notify(len(self.state.ready))
@@ -2803,28 +2804,33 @@ class Worker(Body):
     # Threads.
 
     def run_thread(self):
-        """Take ready attempts and run them, until the worker closes.
-
-        What they made is handed back by way of a deque: one wake-up of the loop for many.
-        """
+        """Take ready attempts and run them, until the worker closes."""
         WORKER.set(self)
-        while True:
-            with self.lock:
-                while not self.closed and not self.state.ready:
-                    self.lock.wait()
-                if self.closed:
-                    return
-                attempt = self.state.stimulus_take()
-                inputs = {name: self.store[name] for name in attempt.inputs}
-            self.done.append(self.run_task(attempt, inputs))
-            del attempt, inputs
+        while self.run_next():
             if not self.waking:
                 self.waking = True
                 with contextlib.suppress(RuntimeError):  # The loop is closed.
-                    self.loop.call_soon_threadsafe(self.collect)
+                    self.loop.call_soon_threadsafe(self.flush)
+
+    def run_next(self):
+        """Wait for a ready attempt and run it; False if the worker has closed.
+
+        (A call of its own for each, so that a thread that waits keeps no input and no result.)
+        """
+        with self.lock:
+            self.lock.wait_for(lambda: self.closed or self.state.ready)
+            if self.closed:
+                return False
+            attempt = self.state.stimulus_take()
+            inputs = {name: self.store[name] for name in attempt.inputs}
+        self.run_task(attempt, inputs)
+        return True
 
     def run_task(self, attempt, inputs):
-        """[9] Unpickle the call, run it, and pickle what a client is waiting for."""
+        """[9] Unpickle the call, run it, and tell the mind what came of it.
+
+        The result is pickled here, in the task's thread, if a client is waiting for it.
+        """
         try:
             try:
                 values = {name[0]: self.unpacked(name, inputs) for name in inputs}
@@ -2840,35 +2846,29 @@ class Worker(Body):
             duration_us = (time.perf_counter_ns() - start) // 1000
             nbytes, value = sizeof(result), ()
         except BaseException as error:
-            return "stimulus_failed", (attempt.number, pack_exception(error, skip=1)), None
+            exception = pack_exception(error, skip=1)
+            with self.lock:
+                self.state.stimulus_failed(attempt.number, exception)
+            return
         if attempt.wanted and nbytes <= LIMITS["ride_along_bytes"]:
             with contextlib.suppress(Exception):  # It will fail whoever asks for it.
                 value = dumps(result)
                 if sum(map(len, value)) > LIMITS["ride_along_bytes"]:
                     value = ()
         told = (attempt.number, nbytes, type_name(result), duration_us, value)
-        return "stimulus_finished", told, ((attempt.key, attempt.number), result)
+        with self.lock:
+            self.store[attempt.key, attempt.number] = result
+            self.state.stimulus_finished(*told)
 
     def unpacked(self, name, inputs=None):
         """A value as an object.  ``inputs`` are a thread's own: the store may have freed them."""
         value = (inputs or self.store)[name]
         if isinstance(value, Packed):
             value = loads(value.frames)
-            if name in self.store:
-                self.store[name] = value
+            with self.lock:
+                if name in self.store:
+                    self.store[name] = value
         return value
-
-    def collect(self):
-        """Tell the mind what threads have handed back."""
-        self.waking = False
-        with self.lock:
-            while self.done:
-                stimulus, told, stored = self.done.popleft()
-                if stored is not None:
-                    self.store[stored[0]] = stored[1]
-                getattr(self.state, stimulus)(*told)
-                del told, stored
-        self.flush()
 
     async def run(self, coroutine):
         return await self.start(coroutine)
