@@ -3179,8 +3179,8 @@ class Client(Threaded, Body):
     """Submits calls to a cluster.
 
     ``address`` is the scheduler's ("HOST:PORT"), or a LocalCluster; it is tried again for
-    ``timeout`` seconds.  Without one, a LocalCluster with the other ``options`` is started, and
-    ends with the client.  As a context manager it closes itself.  With ``asynchronous=True`` it
+    ``timeout`` seconds.  Without one, ``LocalCluster(**new)`` is started, and ends
+    with the client.  As a context manager it closes itself.  With ``asynchronous=True`` it
     lives in the running event loop: use ``async with`` (or ``await`` it); methods that wait return
     awaitables, and futures can be awaited.  Otherwise its own loop runs in a thread, so that it
     works in notebooks.  Raises OSError if no scheduler is there, PermissionError if it refuses us.
@@ -3190,19 +3190,12 @@ class Client(Threaded, Body):
     _instances = []  # those that are open, and may be the current one
 
     def __init__(
-        self,
-        address=None,
-        *,
-        timeout=10,
-        asynchronous=False,
-        name=None,
-        set_as_default=True,
-        **options,
+        self, address=None, *, timeout=10, asynchronous=False, name=None, set_as_default=True, **new
     ):
         super().__init__(ClientMind())
-        self.cluster = LocalCluster(asynchronous=True, **options) if address is None else None
-        if address is not None and options:
-            raise TypeError(f"{', '.join(options)}: for a new cluster, not for one that is there")
+        self.cluster = LocalCluster(asynchronous=True, **new) if address is None else None
+        if address is not None and new:
+            raise TypeError(f"{', '.join(new)}: for a new cluster, not for one that is there")
         self._address = getattr(address, "address", address)
         if self._address is not None:
             split_address(self._address)
@@ -3258,16 +3251,8 @@ class Client(Threaded, Body):
 
     def shutdown(self):
         """End the whole cluster, and close."""
-
-        async def shut_down():
-            self._scheduler.send({"op": "shutdown"})
-            self._scheduler.flush()
-            await self._close()
-
-        if self.asynchronous:
-            return shut_down()
-        self._run(shut_down())
-        self.close()
+        self._post(self.state.send, SCHEDULER, "shutdown")
+        return self.close()
 
     async def _listen(self, batch):
         """The scheduler's stream, until it ends."""
@@ -3350,13 +3335,8 @@ class Client(Threaded, Body):
     def _act(self, stimulus, futures, *arguments):
         """Give the mind a stimulus about futures, after all that was posted before."""
         self._check_own(futures)
-
-        async def act():
-            await self._catch_up()
-            getattr(self.state, stimulus)([future._state for future in futures], *arguments)
-            self.flush()
-
-        return self._run(act())
+        self._post(lambda: stimulus([future._state for future in futures], *arguments))
+        return self._run(self._catch_up())
 
     # Calls that wait.
 
@@ -3489,15 +3469,19 @@ class Client(Threaded, Body):
         name = name_of(function[1])
         if key is None:
             key = pure_key(name, run_spec) if pure else f"{name}-{unique()}"
-        return self._begin(key, "submit", (name, run_spec), futures, options)
 
-    def _begin(self, key, stimulus, fields, futures, options):
+        def submit():
+            inputs = [future._state for future in futures]
+            return self.state.stimulus_submit(key, name, run_spec, inputs, *options)
+
+        return self._begin(key, submit)
+
+    def _begin(self, key, stimulus):
+        """A Future; the inbox brings ``stimulus`` to the loop, which makes its state."""
         future = Future(key, self)
 
         def begin():
-            inputs = ([input._state for input in futures],) if futures is not None else ()
-            begin = getattr(self.state, f"stimulus_{stimulus}")
-            future._state = begin(key, *fields, *inputs, *options)
+            future._state = stimulus()
             if self._refusal:  # The scheduler was lost after the call.
                 self.state.stimulus_scheduler_left(self._refusal[1])
 
@@ -3524,8 +3508,8 @@ class Client(Threaded, Body):
             if key is None:
                 name = type(item).__name__
                 key = pure_key(name, frames) if hash else f"{name}-{unique()}"
-            fields = (frames, sizeof(item), type_name(item))
-            return self._begin(check_key(key), "scatter", fields, None, options)
+            fields = (check_key(key), frames, sizeof(item), type_name(item), *options)
+            return self._begin(key, lambda: self.state.stimulus_scatter(*fields))
 
         if isinstance(data, (collections.abc.Iterator, Future)):
             raise TypeError(f"{data!r:.80} cannot be scattered: gather it, or make it a list")
@@ -3586,11 +3570,11 @@ class Client(Threaded, Body):
         What runs already runs to its end, and its result is dropped.  Other clients that want
         the same keep it, unless ``force``.
         """
-        return self._act("stimulus_cancel", list(leaves_of(futures)), bool(force))
+        return self._act(self.state.stimulus_cancel, list(leaves_of(futures)), bool(force))
 
     def retry(self, futures):
         """Run tasks that failed once more, and those of their inputs that failed."""
-        return self._act("stimulus_retry", list(leaves_of(futures)))
+        return self._act(self.state.stimulus_retry, list(leaves_of(futures)))
 
     # Looking inside.
 
