@@ -2052,6 +2052,7 @@ class Connection:
         self.outbox = []
         self.writer = None
         self.writing = None  # the task that writes what one turn of the loop could not
+        self.following = None  # the task that reads, if whoever made this connection started one
         self.loop = asyncio.get_running_loop()
 
     async def connect(self, address, role, worker=""):
@@ -2539,7 +2540,7 @@ class Body:
         for peer, message in outbox:
             if peer not in self.links and peer != SCHEDULER and self.role:
                 self.links[peer] = Connection()
-                self.start(self.reach(peer, self.links[peer]))
+                self.links[peer].following = self.start(self.reach(peer, self.links[peer]))
             if peer in self.links:  # Else it is gone, or never was: the fire-and-forget client.
                 self.links[peer].send(message)
                 if message["op"] == "refused":
@@ -3203,7 +3204,7 @@ class Client(Threaded, Body):
         self._inbox = deque()  # (function, *arguments), to be called in the loop
         self._waking = False
         self._watchers = {}  # {FutureState: {called once it is settled: whether with its value}}
-        self._answers = {}  # {number of a question: (who was asked, asyncio.Future)}
+        self._answers = {}  # {number of a question: asyncio.Future of the answer}
         self._numbers, self._workers = count(), {}
         self._scheduler = None  # the Connection
         # The exception type and words that new calls get, before it is connected and at its end.
@@ -3221,7 +3222,7 @@ class Client(Threaded, Body):
                 self._address = self.cluster.address
             self._scheduler, _, batch = await reach_scheduler(self._address, self, self._timeout)
             self._refusal, self.links[SCHEDULER] = None, self._scheduler
-            self.start(self._listen(batch))
+            self._scheduler.following = self.start(self._listen(batch))
             await self._ask("workers")
             if self._set_as_default:
                 Client._instances.append(self)
@@ -3263,27 +3264,16 @@ class Client(Threaded, Body):
         self._refusal = (kind, text)
         self.state.stimulus_scheduler_left(text)
         self.flush()
-        self._fail_questions(None, kind, text)
 
     def take(self, peer, op, fields):
         if op == "warning":
             logger.warning("%s", fields["text"])
         elif op in ("answer", "ran"):
             number, *answer = fields.values()
-            self._answers.pop(number)[1].set_result(answer)
+            if number in self._answers:  # Else whoever asked does not wait any more.
+                self._answers.pop(number).set_result(answer)
         else:
             super().take(peer, op, fields)
-
-    async def reach(self, holder, connection):
-        await super().reach(holder, connection)
-        self._fail_questions(holder, ConnectionError, f"{holder} is gone")
-
-    def _fail_questions(self, peer, kind, text):
-        """Nobody will answer what was asked of a peer (None: of anybody)."""
-        for number, (asked, answer) in list(self._answers.items()):
-            if peer in (None, asked):
-                del self._answers[number]
-                answer.set_exception(kind(text))
 
     def flush(self):
         """Send what the mind has in its outbox; wake who waits for what it has news of."""
@@ -3583,10 +3573,19 @@ class Client(Threaded, Body):
         self._check_open()
         await self._catch_up()
         number, answer = next(self._numbers), self._loop.create_future()
-        self._answers[number] = (peer, answer)
+        self._answers[number] = answer
         self.state.send(peer, ask, number, *fields)
         self.flush()
-        return await answer
+        try:
+            # Whichever is first: the answer, or the end of the connection.
+            waiting = answer, self.links[peer].following
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._answers.pop(number, None)
+        if not answer.done():
+            self._check_open()
+            raise ConnectionError(f"{peer} is gone")
+        return answer.result()
 
     async def _ask(self, what, keys=()):
         (rows,) = await self._question(SCHEDULER, "query", what, list(keys))

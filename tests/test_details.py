@@ -641,6 +641,14 @@ async def test_a_closed_client_keeps_its_values_cancels_the_rest_and_refuses_cal
 
 
 @on_cluster
+async def test_who_stops_waiting_for_an_answer_can_ask_again(c, a, b):
+    question = asyncio.ensure_future(c.who_has())
+    await until(lambda: c._answers)
+    question.cancel()  # Its answer comes all the same, before that of the next question.
+    assert await c.who_has() == {} and await c.submit(abs, -1) == 1
+
+
+@on_cluster
 async def test_of_the_tasks_that_wait_the_one_of_higher_priority_goes_first(c, a, b):
     blockers = [c.submit(through, gate, gate) for gate in range(3)]
     await until(lambda: len(RUNS) == 3)
