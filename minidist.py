@@ -3280,22 +3280,17 @@ class Client(Threaded, Body):
         super().flush()
         news, self.state.news = self.state.news, []
         for state in news:
-            for called, value in list(self._watchers.get(state, {}).items()):
-                if settled(state, value):
-                    self._unwatch(state, called)
-                    called(state)
+            for called, value in self._watchers.pop(state, {}).items():
+                self._watch(state, called, value)
 
     def _watch(self, state, called, value=False):
-        """Call ``called(state)`` once it is settled, which may be now."""
+        """Call ``called(state)`` once it is settled (``value``: and here), which may be now."""
+        if value:
+            self.state.stimulus_ask([state])
         if settled(state, value):
             called(state)
         else:
             self._watchers.setdefault(state, {})[called] = value
-
-    def _unwatch(self, state, called):
-        self._watchers[state].pop(called, None)
-        if not self._watchers[state]:
-            del self._watchers[state]
 
     # The inbox.
 
@@ -3330,7 +3325,7 @@ class Client(Threaded, Body):
 
     # Calls that wait.
 
-    def _wait_for(self, futures, finish, timeout=None, value=False, enough=lambda state: False):
+    def _wait_for(self, futures, finish, timeout=None, value=False, enough=None):
         """Wait until futures are settled (``value``: and are here), or ``enough(one of them)``.
 
         Then ``finish()`` is called, in the caller's thread, so that errors show little but the
@@ -3349,28 +3344,29 @@ class Client(Threaded, Body):
             self._run(self._settle(futures, timeout, value, enough))
         return finish()
 
-    async def _settle(self, futures, timeout=None, value=False, enough=lambda state: False):
+    async def _settle(self, futures, timeout=None, value=False, enough=None):
         await self._catch_up()
         left = {future._state: None for future in futures}
         total, ready = len(left), self._loop.create_future()
 
         def over(state):
             del left[state]
-            if (not left or enough(state)) and not ready.done():
+            if (not left or (enough and enough(state))) and not ready.done():
                 ready.set_result(None)
 
         for state in list(left):
             self._watch(state, over, value)
-        if value:
-            self.state.stimulus_ask(left)
-            self.flush()
+        self.flush()
         try:
             # (asyncio.timeout would leave a cycle that keeps our frame, and the futures in it.)
             if left and not ready.done():
                 await asyncio.wait([ready], timeout=timeout)
         finally:
             for state in left:
-                self._unwatch(state, over)
+                watchers = self._watchers[state]
+                del watchers[over]
+                if not watchers:  # Who waits again and again leaves nothing here.
+                    del self._watchers[state]
         if left and not ready.done():
             raise TimeoutError(f"{len(left)} of {total} futures are not done after {timeout} s")
 
@@ -3550,9 +3546,8 @@ class Client(Threaded, Body):
                     outcome(future._state)
             return rebuild(futures)
 
-        if errors == "raise":
-            return self._wait_for(leaves, finish, value=True, enough=failed)
-        return self._wait_for(leaves, finish, value=True)
+        enough = failed if errors == "raise" else None
+        return self._wait_for(leaves, finish, value=True, enough=enough)
 
     def cancel(self, futures, force=False):
         """Let these tasks go, and those that depend on them; what has not begun will not run.
@@ -3772,11 +3767,7 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED):
     if timeout is not None and not isinstance(timeout, (int, float, str)):
         raise TypeError("wait takes one collection of futures: wait([x, y]), not wait(x, y)")
     # dask: FIRST_EXCEPTION is not implemented there.
-    enough = {
-        ALL_COMPLETED: lambda state: False,
-        FIRST_COMPLETED: lambda state: True,
-        FIRST_EXCEPTION: failed,
-    }
+    enough = {ALL_COMPLETED: None, FIRST_COMPLETED: settled, FIRST_EXCEPTION: failed}
     if return_when not in enough:
         raise ValueError(f"return_when={return_when!r} is unknown")
     futures = futures_of(fs)
@@ -3806,33 +3797,28 @@ class as_completed:
     ):
         self.with_results, self.raise_errors = with_results, raise_errors
         timeout = seconds(timeout)
-        self._deadline = None if timeout is None else time.monotonic() + timeout
-        self._clear()
+        self._deadline = math.inf if timeout is None else time.monotonic() + timeout
+        self.clear()
         self.update(futures)
 
-    def _clear(self):
+    def clear(self):
+        """Forget all that was added."""
         self._left = 0  # how many are still to be yielded
         self._ready = deque()  # those of them that are done
-        self._waiter = None  # set when something is ready
+        self._news = asyncio.Event()  # set when something is ready
 
     def add(self, future):
         """Wait for one more; this may be done while iterating."""
         if not isinstance(future, Future):
             raise TypeError(f"as_completed goes over futures, not {future!r:.80}")
         self._left += 1
-        self.client, ready = future.client, self._ready
+        self.client, ready, news = future.client, self._ready, self._news
 
         def done(state):
             ready.append(future)
-            if self._waiter and not self._waiter.done():
-                self._waiter.set_result(None)
+            news.set()
 
-        def watch():
-            if self.with_results:
-                self.client.state.stimulus_ask([future._state])
-            self.client._watch(future._state, done, self.with_results)
-
-        self.client._post(watch)
+        self.client._post(lambda: self.client._watch(future._state, done, self.with_results))
 
     def update(self, futures):
         """Wait for more."""
@@ -3850,10 +3836,6 @@ class as_completed:
         """Whether the next one is done already."""
         return bool(self._ready)
 
-    def clear(self):
-        """Forget all that was added."""
-        self._clear()
-
     def next_batch(self, block=True):
         """All that are done, as a list; with ``block``, at least one."""
         batch = [next(self)] if block else []
@@ -3866,11 +3848,12 @@ class as_completed:
 
     async def _wait(self):
         while not self._ready:
-            self._waiter = asyncio.get_running_loop().create_future()
-            left = None if self._deadline is None else max(0, self._deadline - time.monotonic())
-            await asyncio.wait([self._waiter], timeout=left)
-            if not self._waiter.done():
-                raise TimeoutError(f"{self._left} futures are not done in time")
+            self._news.clear()
+            left = self._deadline - time.monotonic()
+            try:
+                await asyncio.wait_for(self._news.wait(), left if left < math.inf else None)
+            except TimeoutError:
+                raise TimeoutError(f"{self._left} futures are not done in time") from None
 
     def _take(self):
         future = self._ready.popleft()
