@@ -3130,9 +3130,16 @@ class Threaded:
         try:
             self._run(self.__aenter__())
         except BaseException:
-            self._run(self._close())  # What was started already ends.
             self._stop_loop()
             raise
+
+    async def __aenter__(self):
+        try:
+            await self._start()
+        except BaseException:
+            await self._close()  # What was started already ends.
+            raise
+        return self
 
     async def __aexit__(self, *_):
         await self._close()
@@ -3214,19 +3221,19 @@ class Client(Threaded, Body):
 
     # Life.
 
-    async def __aenter__(self):
-        if self._scheduler is None:
-            self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
-            if self.cluster:
-                await self.cluster
-                self._address = self.cluster.address
-            self._scheduler, _, batch = await reach_scheduler(self._address, self, self._timeout)
-            self._refusal, self.links[SCHEDULER] = None, self._scheduler
-            self._scheduler.following = self.start(self._listen(batch))
-            await self._ask("workers")
-            if self._set_as_default:
-                Client._instances.append(self)
-        return self
+    async def _start(self):
+        if self._scheduler is not None:
+            return  # It was awaited, and is a context manager now.
+        self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
+        if self.cluster:
+            await self.cluster
+            self._address = self.cluster.address
+        self._scheduler, _, batch = await reach_scheduler(self._address, self, self._timeout)
+        self._refusal, self.links[SCHEDULER] = None, self._scheduler
+        self._scheduler.following = self.start(self._listen(batch))
+        await self._ask("workers")
+        if self._set_as_default:
+            Client._instances.append(self)
 
     async def introduce(self, connection):
         self.id = f"{self.name or 'client'}-{unique()[:8]}"
@@ -3912,33 +3919,23 @@ class LocalCluster(Threaded):
         self.n_workers, self.processes = n_workers, processes
         self.threads_per_worker = threads_per_worker or max(1, cores // max(n_workers, 1))
         self.scheduler = Scheduler(**options)
-        self.workers = []  # the Workers, if they live in this process, ...
-        self.keepers = []  # ... else the tasks that keep worker processes running
+        self.workers = []  # the Workers, if they live in this process
         self._live(asynchronous)
-
-    async def __aenter__(self):
-        try:
-            await self._start()
-        except BaseException:
-            await self._close()
-            raise
-        return self
 
     async def _start(self):
         await self.scheduler.__aenter__()
         self.scheduler.start(self._end())
         self.address = self.scheduler.address
-        names = [str(number) for number in range(self.n_workers)]
-        if not self.processes:
-            for name in names:
+        for name in map(str, range(self.n_workers)):
+            if self.processes:
+                self.scheduler.start(self._keep(name))
+            else:
                 worker = Worker(self.address, self.threads_per_worker, name)
                 self.workers.append(await worker.__aenter__())
-            return
-        self.keepers = [self.scheduler.start(self._keep(name)) for name in names]
         deadline = time.monotonic() + LIMITS["start_seconds"]
-        while (there := len(self.scheduler.state.workers)) < len(names):
+        while (there := len(self.scheduler.state.workers)) < self.n_workers:
             if time.monotonic() > deadline:
-                text = f"{there} of {len(names)} worker processes have started"
+                text = f"{there} of {self.n_workers} worker processes have started"
                 raise TimeoutError(f"{text}; why, the others have said on standard error")
             await asyncio.sleep(0.01)
 
@@ -3951,22 +3948,15 @@ class LocalCluster(Threaded):
         """Run a worker process; when it is lost, another."""
         threads = self.threads_per_worker
         arguments = [self.address, "--nthreads", threads, "--name", name, "--quiet"]
-        while True:
+        while not self.scheduler.ended.is_set():
             start = time.monotonic()
-            self.scheduler.watched[name] = process = await start_worker(*arguments)
-            try:
-                await process.wait()
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
+            async with worker_process(*arguments, ended_by=signal.SIGKILL) as process:
+                self.scheduler.watched[name] = process
                 await process.wait()
             if time.monotonic() - start < 1 and process.returncode == 1:
                 await asyncio.sleep(1)  # It did not even start: be patient with the next.
 
     async def _close(self):
-        for keeper in self.keepers:
-            keeper.cancel()
-        await asyncio.gather(*self.keepers, return_exceptions=True)
         for worker in self.workers:
             await worker.close()
         await self.scheduler.close()
@@ -3976,15 +3966,23 @@ class LocalCluster(Threaded):
         return f"<LocalCluster: {self.address}, {described(rows)}>"
 
 
-async def start_worker(*arguments):
-    """A process of the command line, which ends when its standard input does: so with us."""
+@contextlib.asynccontextmanager
+async def worker_process(*arguments, ended_by):
+    """A process of the command line ``worker``, for as long as the block; then a signal ends it.
+
+    It also ends when its standard input does: so with this process, however that ends.
+    """
     command = [sys.executable, __file__, "worker", *map(str, arguments), "--until-stdin-ends"]
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-    env = {**os.environ, "PYTHONPATH": path}
     # In a session of its own: Ctrl-C in the terminal is for us, and may only interrupt a wait.
-    return await asyncio.create_subprocess_exec(
-        *command, stdin=subprocess.PIPE, env=env, start_new_session=True
-    )
+    options = {"env": {**os.environ, "PYTHONPATH": path}, "start_new_session": True}
+    process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, **options)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(ended_by)
+        await process.wait()
 
 
 async def describe_exit(process):
@@ -4091,20 +4089,17 @@ async def run_worker(options):
 
 async def run_workers(options):
     """Several worker processes, which end with this one."""
-    processes = []
-    for number in range(options.nworkers):
-        name = ["--name", f"{options.name}-{number}"] if options.name else []
-        arguments = [options.address, "--nthreads", options.nthreads, *name]
-        processes.append(await start_worker(*arguments))
-    try:
+    # One after the other, so that what they hand over to others is not in flight all at once.
+    async with contextlib.AsyncExitStack() as parts:
+        processes = []
+        for number in range(options.nworkers):
+            name = ["--name", f"{options.name}-{number}"] if options.name else []
+            arguments = [options.address, "--nthreads", options.nthreads, *name]
+            process = worker_process(*arguments, ended_by=signal.SIGTERM)
+            processes.append(await parts.enter_async_context(process))
         codes = await asyncio.gather(*(process.wait() for process in processes))
-        if any(codes):
-            raise ConnectionError("workers ended with exit codes " + ", ".join(map(str, codes)))
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            await process.wait()
+    if any(codes):
+        raise ConnectionError("workers ended with exit codes " + ", ".join(map(str, codes)))
 
 
 def end_with_stdin():
