@@ -36,6 +36,7 @@ The life of one ``submit()``.  Each method opens its docstring with its number i
 """
 
 import argparse
+import ast
 import asyncio
 import collections.abc
 import concurrent.futures
@@ -2405,12 +2406,12 @@ def frame_at(filename, line, name):
     exception (the idea is that of tblib).  In a thread of its own: else all callers' frames, and
     what they hold, would live as long as this frame does.
     """
-    code = compile("raise RuntimeError", filename, "exec")
-    units = len(code.co_code) // 2
-    # A table of places that says "the first line, no column" for every 8 units of code: with
-    # columns, the traceback would underline what stands there in the worker's source.
-    table = b"".join(bytes([0xE8 | min(8, units - n) - 1, 0]) for n in range(0, units, 8))
-    code = code.replace(co_name=name, co_qualname=name, co_firstlineno=line, co_linetable=table)
+    # The place is a line without columns (-1): with columns, the traceback would underline what
+    # stands there in the worker's source.
+    tree = ast.parse("raise RuntimeError")
+    for node in ast.walk(tree):
+        node.lineno, node.end_lineno, node.col_offset, node.end_col_offset = line, line, -1, -1
+    code = compile(tree, filename, "exec").replace(co_name=name, co_qualname=name)
     frames = []
 
     def run():
