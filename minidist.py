@@ -2363,10 +2363,8 @@ def pack_exception(error, skip=0):
             pickle.loads(data)  # Many exceptions can be pickled, but not unpickled.
         except Exception:
             data = b""
-        try:
-            text = f"{type_name(error)}: {error}"
-        except Exception as another:  # Even ``str`` may raise.
-            text = f"{type_name(error)}, whose text raises {type_name(another)}"
+        # (Which minds that even ``str`` may raise.)
+        text = "".join(traceback.format_exception_only(error)).strip()
         links.append((relation, data, text, places[skip:]))
         skip, relation = 0, "cause" if error.__cause__ is not None else "context"
         suppressed = error.__suppress_context__ and error.__cause__ is None
@@ -2944,7 +2942,7 @@ class KilledWorker(Exception):
 
 ALL_COMPLETED, FIRST_COMPLETED = "ALL_COMPLETED", "FIRST_COMPLETED"
 FIRST_EXCEPTION = "FIRST_EXCEPTION"
-RESERVED = ("resources", "actor", "fifo_timeout")  # options of dask's that are not built
+RESERVED = {"resources", "actor", "fifo_timeout"}  # options of dask's that are not built
 
 
 class DoneAndNotDoneFutures(namedtuple("DoneAndNotDoneFutures", "done not_done")):
@@ -3089,11 +3087,8 @@ def outcome(state):
             return loads(state.value)
         except Exception as error:
             raise RuntimeError(f"the result of {state.key!r} cannot be unpickled here") from error
-    error = failure(state)
-    try:
-        raise error
-    finally:
-        del error  # An exception refers to the frames that it passed: break the cycle.
+    # (Not by a variable: the exception refers to this frame, which would refer to it.)
+    raise failure(state)
 
 
 def failure(state):
@@ -3278,8 +3273,7 @@ class Client(Threaded, Body):
             logger.warning("%s", fields["text"])
         elif op in ("answer", "ran"):
             number, *answer = fields.values()
-            if number in self._answers:  # Else whoever asked does not wait any more.
-                self._answers.pop(number).set_result(answer)
+            self._answers.pop(number).set_result(answer)  # Also if who asked waits no longer.
         else:
             super().take(peer, op, fields)
 
@@ -3427,9 +3421,8 @@ class Client(Threaded, Body):
         self._check_open()
         if not callable(func):
             raise TypeError(f"the first argument must be callable, {func!r:.80} is not")
-        for option in RESERVED:
-            if option in kwargs:
-                raise TypeError(f"the option {option}= is not built yet")
+        if reserved := RESERVED & kwargs.keys():
+            raise TypeError(f"the option {min(reserved)}= is not built yet")
         priority, retries = kwargs.pop("priority", 0), kwargs.pop("retries", None) or 0
         loose, workers = kwargs.pop("allow_other_workers", False), kwargs.pop("workers", None)
         for option, value in (("priority", priority), ("retries", retries)):
@@ -3579,13 +3572,11 @@ class Client(Threaded, Body):
         self._answers[number] = answer
         self.state.send(peer, ask, number, *fields)
         self.flush()
-        try:
-            # Whichever is first: the answer, or the end of the connection.
-            waiting = answer, self.links[peer].following
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._answers.pop(number, None)
+        # Whichever is first: the answer, or the end of the connection that should bring it.
+        waiting = answer, self.links[peer].following
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
+            del self._answers[number]
             self._check_open()
             raise ConnectionError(f"{peer} is gone")
         return answer.result()
@@ -3761,8 +3752,7 @@ def default_client():
 def fire_and_forget(obj):
     """Let tasks run to their end though nobody keeps their futures; the results are dropped."""
     for future in futures_of(obj):
-        mind = future.client.state
-        future.client._post(lambda future=future: mind.stimulus_fire_and_forget([future._state]))
+        future.client._post(lambda f=future: f.client.state.stimulus_fire_and_forget([f._state]))
 
 
 def wait(fs, timeout=None, return_when=ALL_COMPLETED):
@@ -4052,9 +4042,7 @@ async def until_stopped(coroutine):
 
 
 async def run_scheduler(options):
-    ports = [options.port]
-    if options.port is None:
-        ports = range(DEFAULT_PORT, DEFAULT_PORT + 100)
+    ports = range(DEFAULT_PORT, DEFAULT_PORT + 100) if options.port is None else [options.port]
     for port in ports:
         try:
             scheduler = await Scheduler(options.host, port, options.worker_ttl).__aenter__()
