@@ -2352,7 +2352,7 @@ def pack_exception(error, skip=0):
     ``skip`` leaves out that many frames at the start: the worker's own.  Pickle loses causes and
     tracebacks; so each link of the chain travels as a pickle of its own, text, and places.
     """
-    links, relation = [], ""
+    links = []
     while error is not None and len(links) < 20:
         places = [
             (frame.f_code.co_filename, line, frame.f_code.co_name)
@@ -2365,25 +2365,25 @@ def pack_exception(error, skip=0):
             data = b""
         # (Which minds that even ``str`` may raise.)
         text = "".join(traceback.format_exception_only(error)).strip()
-        links.append((relation, data, text, places[skip:]))
-        skip, relation = 0, "cause" if error.__cause__ is not None else "context"
-        suppressed = error.__suppress_context__ and error.__cause__ is None
-        error = None if suppressed else error.__cause__ or error.__context__
+        relation = "__context__" if error.__cause__ is None else "__cause__"
+        links.append((data, text, places[skip:], relation))
+        skip = 0
+        hidden = error.__suppress_context__ and error.__cause__ is None  # by "from None"
+        error = None if hidden else getattr(error, relation)
     return (pickle.dumps(links, protocol=5),)
 
 
 def unpack_exception(frames):
     """The exception, with its causes, and with real tracebacks whose frames name the places."""
-    error = previous = None
-    for relation, data, text, places in reversed(pickle.loads(frames[0])):
+    error = None
+    for data, text, places, relation in reversed(pickle.loads(frames[0])):
+        origin = error
         try:
-            error = pickle.loads(data) if data else RemoteError(text)
-        except Exception:
+            error = pickle.loads(data)
+        except Exception:  # Its class is not known here, or it could not be pickled there (b"").
             error = RemoteError(text)
         error.__traceback__ = rebuild_traceback(places)
-        if previous is not None:
-            setattr(error, *previous)
-        previous = (f"__{relation}__", error)
+        setattr(error, relation, origin)
     return error
 
 
@@ -2880,20 +2880,20 @@ class Worker(Body):
         while True:
             for message in await connection.receive():
                 op = message.pop("op")
-                if op == "put-data":
+                if op == "get-data":
+                    for key, attempt in message["names"]:
+                        answer = await self.give((key, attempt))
+                        connection.send(dict(op="data", key=key, attempt=attempt, **answer))
+                        if connection.writing:  # Who asks sets the pace.
+                            await connection.writing
+                elif op == "put-data":
                     with self.lock:
                         self.take(connection.peer, op, message)
                     self.flush()
                 elif op == "run":
                     self.start(self.answer_run(connection, **message))
-                elif op != "get-data":
+                else:
                     raise ProtocolError(f"{op} on a data connection")
-                for name in message.get("names", ()):
-                    status, value = await self.give(name)
-                    answer = dict(op="data", key=name[0], attempt=name[1], status=status)
-                    connection.send(answer | {"value": value})
-                    if connection.writing:  # Who asks sets the pace.
-                        await connection.writing
 
     async def answer_run(self, connection, number, run_spec):
         """Run a function outside of the task system, for Client.run."""
@@ -2912,17 +2912,18 @@ class Worker(Body):
         connection.send(dict(op="ran", number=number, status=status, value=value))
 
     async def give(self, name):
-        """("ok", frames), ("missing", ()), or ("error", frames of the exception)."""
+        """What to answer for a value: its frames, that it is not here, or why it is of no use."""
         if name not in self.store:
-            return "missing", ()
+            return dict(status="missing", value=())
         value = self.store[name]
         if isinstance(value, Packed):
-            return "ok", value.frames
+            return dict(status="ok", value=value.frames)
         try:
-            return "ok", await asyncio.to_thread(dumps, value)
+            # In another thread: pickling 100 MB takes long, and the loop has other peers.
+            return dict(status="ok", value=await asyncio.to_thread(dumps, value))
         except Exception as error:
             text = f"the result of {name[0]!r}, a {type_name(value)}, cannot be pickled: {error}"
-            return "error", pack_exception(TypeError(text))
+            return dict(status="error", value=pack_exception(TypeError(text)))
 
 
 # ---- 9. Client: Future, Client, as_completed, wait, fire_and_forget ----
@@ -3725,16 +3726,12 @@ def rebuild(obj):
 
     Those that failed are left out; in a dict, and by itself, they become None.
     """
-
-    def keep(item):
-        return not (isinstance(item, Future) and failed(item._state))
-
     if isinstance(obj, Future):
-        return outcome(obj._state) if keep(obj) else None
+        return None if failed(obj._state) else outcome(obj._state)
     if isinstance(obj, dict):
         return {key: rebuild(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple, set, frozenset)):
-        items = [rebuild(item) for item in obj if keep(item)]
+        items = [rebuild(i) for i in obj if not (isinstance(i, Future) and failed(i._state))]
         return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
     return obj
 
