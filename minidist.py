@@ -1981,6 +1981,16 @@ class WorkerMind(FetchingMind):
 # Nothing else in this file knows bytes.  A batch is a prefix of two integers, a JSON header
 # ``[messages, sizes of frames]`` and the binary frames.  JSON, because a reader can watch it go
 # by, and because parsing it can run no code.
+#
+#       +--------------+--------------+---------------------------+---------+---------+
+#       | header bytes | frames bytes | [[{"op": ...}, ...], [s]] | frame 0 | frame 1 | ...
+#       +--------------+--------------+---------------------------+---------+---------+
+#
+# TCP delivers a stream of bytes, not messages: what was written in one call may be read in three,
+# or with what follows it.  So each part's size is read before it.  What a peer says of sizes is
+# believed only within LIMITS: else four bytes of anybody could make us allocate all memory.
+#
+# dask: packs with msgpack, and has the same split into a small header and large frames.
 
 PREFIX = struct.Struct("!IQ")  # bytes of the header, bytes of all frames
 LARGE = 256 << 10  # frames of so much together are read straight into buffers of their own
@@ -1991,11 +2001,13 @@ def pack(messages):
     """One batch as buffers to be written one after the other.
 
     A frame stands in a message as its place in the batch's table of frames; one that several
-    messages share (the function of a ``map``) is there once.
+    messages share (the function of a ``map``) is there once.  The frames themselves are not copied
+    here: a view of an array's memory is what is written.
     """
     frames = {}  # {id of a frame: (its place, a view of it)}
 
     def place(frame):
+        # By identity: to compare, or hash, megabytes would cost more than to send them.
         return frames.setdefault(id(frame), (len(frames), memoryview(frame)))[0]
 
     body = json.dumps(messages, default=place, separators=(",", ":"), check_circular=False)
@@ -2031,7 +2043,11 @@ async def read_batch(reader, sender):
 
 
 async def read_large(reader, size):
-    """A large frame, in a writable buffer.  (``readexactly`` would copy it twice.)"""
+    """A large frame, in a writable buffer.
+
+    ``readexactly`` would collect it in the stream's own buffer, which then is far over its limit
+    and is moved at each step, and copy it once more: a third of the speed at 100 MB.
+    """
     frame, start = bytearray(size), 0
     view = memoryview(frame)
     while start < size:
@@ -2046,7 +2062,8 @@ async def read_large(reader, size):
 class Connection:
     """Batches over one pair of asyncio streams.
 
-    What is sent before the streams are there waits for them.
+    What is sent before the streams are there waits for them, so that who needs a connection can
+    use it at once.  Order is kept: this is the "one stream" of chapter 1.
     """
 
     def __init__(self):
@@ -2091,6 +2108,8 @@ class Connection:
         batch = self.outbox[: LIMITS["batch_messages"]]
         del self.outbox[: len(batch)]
         buffers = pack(batch)
+        # What the peer has not taken counts too: else a slow one would make us keep everything
+        # twice, here and in the transport's buffer, whose growth nobody bounds.
         waiting = self.writer.transport.get_write_buffer_size()
         if sum(map(len, buffers)) + waiting < CHUNK:
             self.writer.write(b"".join(buffers))
@@ -2116,6 +2135,7 @@ class Connection:
         return await read_batch(self.reader, self.peer)
 
     def hang_up(self):
+        """End it now; what has not been written is lost, and who reads it meets its end."""
         if self.writer:
             self.writer.transport.abort()
 
@@ -2132,7 +2152,15 @@ class Connection:
 
 # The handshake, before anything else: fixed sizes, and a time limit.  Both sides say hello, which
 # names the worker process that is meant (ports are reused); then both prove that they hold the
-# secret, the connector first.  (HMAC challenge and response as in multiprocessing.connection.)
+# secret, the connector first: so nobody gets a proof, to guess the secret from at leisure, without
+# having it.  (HMAC challenge and response as in multiprocessing.connection.)
+#
+# A proof is a digest, with the secret as its key, of both hellos and of who speaks.  The hellos
+# contain a random number from each side, so that a proof that was overheard is good for nothing;
+# who speaks, so that a proof cannot be sent back to its sender.  It shows who is there when the
+# connection begins, no more: what follows is neither encrypted nor signed.
+#
+# Whoever holds the secret can run any code on every worker: that is what a cluster is for.
 
 HELLO = struct.Struct("!8sHBBB32s32s")  # magic, protocol, Python's version, role, nonce, worker
 MAGIC, PROTOCOL = b"minidist", 1
@@ -2141,7 +2169,11 @@ REFUSAL = "wrong secret: set MINIDIST_TOKEN, or copy ~/.minidist/token, so that 
 
 
 async def shake_hands(reader, writer, role, worker, accepting):
-    """Returns the kind of peer at the other end.  Raises PermissionError if it is not like us."""
+    """Returns the kind of peer at the other end.
+
+    Raises PermissionError if it has another secret, protocol or version of Python (cloudpickle
+    sends functions as bytecode, which differs), ConnectionError if it is another worker process.
+    """
     version, meant = sys.version_info[:2], hashlib.sha256(worker.encode()).digest()
     mine = HELLO.pack(MAGIC, PROTOCOL, *version, ROLES.index(role), os.urandom(32), meant)
     writer.write(mine)
@@ -2176,6 +2208,9 @@ def secret():
     """The secret that all processes of a cluster share: MINIDIST_TOKEN, or a file made once.
 
     The model is Erlang's cookie: on one machine everything works for this user and nobody else.
+    Several processes may find that there is no file at the same moment: each writes a draft, and
+    the file gets its name by ``link``, which only one of them can do, and which nobody can see
+    half done.
     """
     token = os.environ.get("MINIDIST_TOKEN")
     if token:
@@ -2206,14 +2241,18 @@ def split_address(address):
 # ---- 6. Serialization: dumps, loads, dump_call, load_call, exceptions, sizeof, keys ----
 #
 # Objects become *frames*: a pickle, then its out-of-band buffers (pickle protocol 5, PEP 574).
-# The scheduler forwards frames and never opens them.
+# The scheduler forwards frames and never opens them.  So it needs none of its users' packages, no
+# call can break it, and nothing that a client sends makes it run code: loading a pickle is running
+# a program that its author wrote.
 
 
 def dumps(obj):
     """Pickle an object: a tuple of frames.
 
     The standard pickler is several times faster, but knows nothing of lambdas, and refers to what
-    is in ``__main__`` by a name that means something else on a worker: then cloudpickle does it.
+    is in ``__main__`` by a name that means something else on a worker: then cloudpickle does it,
+    and sends functions and classes of ``__main__`` by value.  (The word may also stand in the
+    user's data: then the slower pickler did no harm.)
     """
     buffers = []
     try:
@@ -2227,14 +2266,22 @@ def dumps(obj):
 
 
 def loads(frames):
-    """Unpickle frames.  Arrays over small buffers get writable copies; large ones are writable."""
+    """Unpickle frames.
+
+    An array is a view of its buffer, and can be written to only if that can: frames that were read
+    alone are writable, and of small ones, which are ``bytes``, a copy is made.
+    """
     data, *buffers = frames
     buffers = [bytearray(b) if memoryview(b).readonly else b for b in buffers]
     return pickle.loads(data, buffers=buffers)
 
 
 class Context(threading.local):
-    """What a thread is doing while it pickles or unpickles a call."""
+    """What a thread is doing while it pickles or unpickles a call.
+
+    ``Future.__reduce__`` and ``resolve`` are called by the pickle module, which has no place for
+    an argument of ours.
+    """
 
     collected = None  # on clients: {Future: None}, those met in the arguments being pickled
     inputs = None  # on workers: {key: value}, what stands for them in the call being unpickled
@@ -2259,7 +2306,12 @@ def collecting():
 
 
 def dump_function(func):
-    """(frame, func); the frame is empty if the function has to travel in the call."""
+    """(frame, func); the frame is empty if the function has to travel in the call.
+
+    A frame of its own is pickled once for a whole ``map``, sent once in each batch, and unpickled
+    once by each worker.  But futures in a function are inputs of each call, to be found each time;
+    and out-of-band buffers would have to stand beside the frame.
+    """
     with collecting() as futures:
         frames = dump_part(f"the function {name_of(func)!r}", func)
         return (b"" if futures or len(frames) > 1 else frames[0]), func
@@ -2270,6 +2322,8 @@ def dump_call(function, args, kwargs):
 
     ``function`` comes from ``dump_function``.  A Future adds itself to the collection in
     ``Future.__reduce__``: so it is found at any depth, and never by equal strings.
+
+    dask: walks through lists, tuples, sets and dicts to find futures.
     """
     frame, func = function
     with collecting() as futures:
@@ -2292,7 +2346,7 @@ def dump_part(what, obj):
         raise TypeError(text) from error
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)  # Not for ever: a notebook defines a function again and again.
 def load_function(frame):
     return pickle.loads(frame)
 
@@ -2300,7 +2354,8 @@ def load_function(frame):
 def load_call(run_spec, inputs):
     """(func, args, kwargs) of a pickled call, with ``inputs`` ({key: value}) for its futures.
 
-    A plain function is unpickled once; other callables each time, since they may have state.
+    A plain function is unpickled once; other callables each time, since they may have state that
+    one task would change under another's feet.
     """
     frame, *call = run_spec
     CONTEXT.inputs = inputs
@@ -2322,7 +2377,14 @@ def name_of(func):
 
 
 def pure_key(name, frames):
-    """Same bytes, same call, same key.  (Equal values with other bytes are computed twice.)"""
+    """Same bytes, same call, same key.
+
+    Sizes are hashed too: else two frames could be cut in another place, and mean another call.
+    Equal values with other bytes (a set, a dict in another order) are computed twice: that is
+    safe, the contrary would not be.
+
+    dask: ``tokenize`` knows many types, so that equal values have equal keys more often.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for frame in frames:
         digest.update(len(frame).to_bytes(8, "big"))
@@ -2343,7 +2405,10 @@ def check_key(key):
 
 
 class RemoteError(Exception):
-    """Stands for an exception that could not be pickled, or not be unpickled here."""
+    """Stands for an exception that could not be pickled, or not be unpickled here.
+
+    Its text is that one's type and text; its traceback and its causes are that one's.
+    """
 
 
 def pack_exception(error, skip=0):
@@ -2402,7 +2467,8 @@ def frame_at(filename, line, name):
 
     Frames come from running code: a line that carries these names is compiled and run to its
     exception (the idea is that of tblib).  In a thread of its own: else all callers' frames, and
-    what they hold, would live as long as this frame does.
+    what they hold, would live as long as this frame does.  The worker's variables are not in it:
+    they may be anything, and large.
     """
     # The place is a line without columns (-1): with columns, the traceback would underline what
     # stands there in the worker's source.
@@ -2425,7 +2491,11 @@ def frame_at(filename, line, name):
 
 
 def sizeof(obj, depth=3):
-    """About how many bytes an object takes; of large containers a few items are looked at."""
+    """About how many bytes an object takes; of large containers a few items are looked at.
+
+    An estimate is enough, to choose where a task should run; to walk through every result would
+    cost more than the best choice saves.  Arrays know their ``nbytes``.
+    """
     nbytes = getattr(obj, "nbytes", None)
     if isinstance(nbytes, int):
         return nbytes
@@ -2437,6 +2507,7 @@ def sizeof(obj, depth=3):
 
 
 def type_name(obj):
+    """The name by which a client finds the type of a result that it has not fetched."""
     kind = type(obj)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
