@@ -2515,14 +2515,19 @@ def type_name(obj):
 # ================================ Part three, how it runs =========================================
 #
 # Bodies decide nothing: they check what comes in, call the stimulus that its op names, and send
-# what the mind leaves in its outbox.
+# what the mind leaves in its outbox.  So all that can go wrong by the order of events is in part
+# one, where it can be tried without a network; what is left here is the loop, threads and sockets.
 
 logger = logging.getLogger("minidist")
 STIMULI = {op: "stimulus_" + op.replace("-", "_") for op in MESSAGES}
 
 
 class Body:
-    """What the bodies of the three minds share: links to peers, and the tasks that serve them."""
+    """What the bodies of the three minds share: links to peers, and the tasks that serve them.
+
+    With ``MINIDIST_VALIDATE`` in the environment, every invariant of the mind is checked before
+    anything that it has said is sent.
+    """
 
     role = ""  # as what it introduces itself to a peer that it connects to, ...
     role_when_called = ""  # ... and to one that connects to it
@@ -2540,6 +2545,7 @@ class Body:
         await self.close()
 
     def start(self, coroutine):
+        """A task of this body's.  (Somebody has to keep it: the loop refers to tasks weakly.)"""
         task = asyncio.ensure_future(coroutine)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -2561,6 +2567,7 @@ class Body:
         self.address = f"tcp://{reachable(host)}:{port}"
 
     async def accept(self, reader, writer):
+        """Serve a peer, in a task that asyncio has made: whatever it does ends only itself."""
         self.tasks.add(asyncio.current_task())
         connection = Connection()
         try:
@@ -2597,12 +2604,17 @@ class Body:
             connection.writer.close()
 
     def take(self, peer, op, fields):
+        """Give the mind one message; subclasses add what is not the mind's business."""
         getattr(self.state, STIMULI[op])(peer, **fields)
         if op == "worker-left" and fields["worker"] in self.links:
             self.links[fields["worker"]].hang_up()
 
     def flush(self):
-        """Send what the mind has in its outbox."""
+        """Send what the mind has in its outbox.
+
+        Whoever gives the mind a stimulus calls this after it: nothing is sent from inside one.
+        Workers and clients connect to a holder of values when there is something to say to it.
+        """
         with self.lock:
             outbox, self.state.outbox = self.state.outbox, []
             if self.validating:
@@ -2644,7 +2656,9 @@ def reachable(host):
 async def reach_scheduler(address, body, timeout):
     """Register with the scheduler: (Connection, its first message, those that came with it).
 
-    While nobody is there, it is tried again for ``timeout`` seconds (None: for ever).
+    While nobody is there, it is tried again for ``timeout`` seconds (None: for ever): so the
+    processes of a cluster may be started in any order.  A refusal is final: no waiting changes a
+    secret.  Raises PermissionError then, and ConnectionError when the time is over.
     """
     deadline = time.monotonic() + (math.inf if timeout is None else timeout)
     for trial in count():
@@ -2667,6 +2681,13 @@ async def reach_scheduler(address, body, timeout):
 
 
 # ---- 7. Scheduler: the asyncio-stream server around its mind ----
+#
+# One task for each peer reads its stream, and all of them call the same mind in the same loop: a
+# stimulus runs from its begin to its end without another in between, and needs no lock.  It is one
+# process and one thread, so what a task costs here bounds the rate of the whole cluster; and if it
+# ends, the cluster does: what it knows is nowhere else.
+#
+# dask: the same; its scheduler's handlers and its state are one class.
 
 
 class Scheduler(Body):
@@ -2674,12 +2695,19 @@ class Scheduler(Body):
 
     ``host`` and ``port`` say where it listens; port 0 is any that is free.  A worker that gives no
     sign of life for ``worker_ttl`` seconds is dead.  An ``async with`` starts and closes it.
-    ``address`` is what workers and clients connect to, ``state`` the mind.
+    ``address`` is what workers and clients connect to, ``state`` the mind.  Raises OSError if the
+    port is taken.
+
+        async with Scheduler() as scheduler, Worker(scheduler.address):
+            async with Client(scheduler.address, asynchronous=True) as client:
+                assert await client.submit(pow, 2, 10) == 1024
     """
 
     role_when_called = "scheduler"
 
     def __init__(self, host="127.0.0.1", port=0, worker_ttl=30):
+        # Attempts are numbered from the time of day: higher in each life of a scheduler, so that
+        # what a worker still sends to the one before can never be taken for an answer.
         ttl_us = int(seconds(worker_ttl) * 1_000_000)
         super().__init__(SchedulerMind(first_attempt=time.time_ns() // 1000, ttl_us=ttl_us))
         self.host, self.port, self.worker_ttl = host, port, seconds(worker_ttl)
@@ -2704,13 +2732,18 @@ class Scheduler(Body):
         self.ended.set()
 
     async def tell_time(self):
+        """The mind has no clock; it is told the time often enough to miss who is silent."""
         while True:
             self.state.stimulus_time_passes(time.monotonic_ns() // 1000)
             self.flush()
             await asyncio.sleep(self.worker_ttl / 4)
 
     async def serve(self, connection):
-        """One peer, from when it registers until it leaves."""
+        """One peer, from when it registers until it leaves.
+
+        However that happens, the mind is told, and how a worker was lost goes into the message of
+        a ``KilledWorker``: a process of ours is asked for its exit code or signal.
+        """
         batch = await connection.receive()
         peer = batch[0].pop("id", None) if batch else None  # Only who registers has one.
         if peer is None or peer in self.links:
@@ -2733,6 +2766,7 @@ class Scheduler(Body):
             self.flush()
 
     def take(self, peer, op, fields):
+        """Only who has registered, once, is listened to."""
         known = peer in self.state.workers or peer in self.state.clients
         if op.startswith("register-"):
             if known:
@@ -2756,7 +2790,11 @@ WORKER = contextvars.ContextVar("the worker whose task this is")
 
 
 def get_worker():
-    """The Worker that runs the task from which this is called.  Raises ValueError elsewhere."""
+    """The Worker that runs the task from which this is called.  Raises ValueError elsewhere.
+
+    It has ``name``, ``address``, ``nthreads`` and ``data``.  A context variable and not a global:
+    several workers may live in one process, and a coroutine takes its context along.
+    """
     try:
         return WORKER.get()
     except LookupError:
@@ -2764,7 +2802,10 @@ def get_worker():
 
 
 class Packed:
-    """A value as it came over the wire; unpickled by the first thread that needs it."""
+    """A value as it came over the wire; unpickled by the first thread that needs it.
+
+    So the loop never unpickles, and what is only passed on to another worker is not unpickled.
+    """
 
     def __init__(self, frames):
         self.frames = frames
@@ -2777,6 +2818,12 @@ class Worker(Body):
     cluster (default: its address).  An ``async with`` starts and closes it; ``timeout`` seconds
     are given to the scheduler to answer, None waits for ever.  Raises OSError if there is no
     scheduler, ValueError if the name is in use.
+
+    Threads take attempts from the mind by themselves; nobody hands them out.  They share one
+    interpreter: pure Python code runs in one of them at a time, so several threads help tasks that
+    wait or that compute in NumPy, and several processes help all.
+
+    dask: a worker is the same, with a pool of threads, data that can spill to disk, and a nanny.
     """
 
     role, role_when_called = "worker", "holder"
@@ -2816,12 +2863,16 @@ class Worker(Body):
         return self
 
     async def give_signs_of_life(self, interval_seconds):
+        """A connection may stay open though its process is frozen or its host gone."""
         while True:
             self.scheduler.send({"op": "heartbeat"})
             await asyncio.sleep(interval_seconds)
 
     async def leave(self):
-        """Hand over what exists nowhere else, and go.  Running tasks are not waited for."""
+        """Hand over what exists nowhere else, and go.  Running tasks are not waited for.
+
+        The scheduler copies it to other workers, and says good-bye when that is done.
+        """
         with self.lock:
             self.state.stimulus_leave()
         self.flush()
@@ -2858,6 +2909,7 @@ class Worker(Body):
                 self.store[name] = Packed(fields["value"])
 
     def flush(self):
+        """Send what the mind has to say; wake as many threads as there are attempts for."""
         self.waking = False  # First: what a thread tells the mind from now on needs a new flush.
         super().flush()
         with self.lock:
@@ -2912,11 +2964,12 @@ class Worker(Body):
             start = time.perf_counter_ns()
             result = func(*args, **kwargs)
             if inspect.iscoroutine(result):
-                # It runs in the loop; its thread is taken all the same.
+                # It runs in the loop; its thread is taken all the same: else ``nthreads`` would
+                # bound nothing, and thousands of coroutines might begin at once.
                 result = asyncio.run_coroutine_threadsafe(self.run(result), self.loop).result()
             duration_us = (time.perf_counter_ns() - start) // 1000
             nbytes, value = sizeof(result), ()
-        except BaseException as error:
+        except BaseException as error:  # Also SystemExit: a task does not end its worker.
             exception = pack_exception(error, skip=1)
             with self.lock:
                 self.state.stimulus_failed(attempt.number, exception)
@@ -2967,7 +3020,10 @@ class Worker(Body):
                     raise ProtocolError(f"{op} on a data connection")
 
     async def answer_run(self, connection, number, run_spec):
-        """Run a function outside of the task system, for Client.run."""
+        """Run a function outside of the task system, for Client.run.
+
+        It takes none of the tasks' threads: it must be able to look at a worker that is busy.
+        """
         try:
             WORKER.set(self)
             func, args, kwargs = await asyncio.to_thread(load_call, run_spec, {})
