@@ -3058,14 +3058,32 @@ class Worker(Body):
 # A user's thread, and ``Future.__del__`` in any thread at any moment of the garbage collector,
 # only append an entry to the client's inbox, and wake its loop if it sleeps; that append is the
 # commit.  Counts, tables and the stream change only in the loop, in the inbox's order.
+#
+# A lock around the mind would do for threads, but not for ``__del__``: the collector may call it
+# in the thread that holds the lock.  And an interrupt (Ctrl-C in a notebook) may come between any
+# two lines of the user's thread; after an append, there is nothing that it could leave half done.
+#
+# Calls that wait are coroutines.  An asynchronous client returns them; a synchronous one, whose
+# loop runs in a thread of its own, waits for them there: ``Threaded._run`` is all the difference.
+#
+# Names and meanings are those of dask.distributed: ``from dask.distributed import Client`` is the
+# way to a bigger cluster.
 
 
 class CancelledError(concurrent.futures.CancelledError):
-    """This future will never have a result; the message says why."""
+    """This future will never have a result; the message says why.
+
+    Somebody cancelled it, scattered data that it needs was lost with its worker, its client was
+    closed, or the scheduler is gone.
+    """
 
 
 class KilledWorker(Exception):
-    """A task was alone on several workers when they died; the message says which, when and how."""
+    """A task was alone on several workers when they died; the message says which, when and how.
+
+    It is not tried again, since it would go on to kill workers: look for what ends a process (a
+    crash in compiled code, too much memory, ``os._exit``).
+    """
 
 
 ALL_COMPLETED, FIRST_COMPLETED = "ALL_COMPLETED", "FIRST_COMPLETED"
@@ -3085,7 +3103,10 @@ class DoneAndNotDoneFutures(namedtuple("DoneAndNotDoneFutures", "done not_done")
 class Future:
     """The result of a task that may not have run yet.  Made by ``submit``, ``map``, ``scatter``.
 
-    The result is kept on the cluster while one of its futures lives.
+    The result is kept on the cluster while one of its futures lives: delete the last one, and it
+    is freed, or the task does not run if it has not begun.  Given as an argument, at any depth, to
+    ``submit`` or ``map``, a future becomes its value, on the worker.  ``key`` is the task's name;
+    two futures of one key are one task.  In an event loop, ``await future`` is its result.
     """
 
     __slots__ = ("key", "client", "_state", "_live", "__weakref__")
@@ -3102,12 +3123,18 @@ class Future:
 
     @property
     def status(self):
-        """ "pending", "finished", "error" or "cancelled"."""
+        """ "pending", "finished", "error" or "cancelled".
+
+        What is finished can be pending again: its result was lost, and is being computed anew.
+        """
         return self._known().status
 
     @property
     def type(self):
-        """The type of the result, when it is finished; its name, if it is not known here."""
+        """The type of the result, when it is finished; its name, if it is not known here.
+
+        It came with the notice; nothing is fetched, nor imported, to know it.
+        """
         module, _, name = (self._known().type if self.status == "finished" else "").rpartition(".")
         here = [sys.modules.get(module or "builtins", types), types]
         return next((vars(m)[name] for m in here if name in vars(m)), name or None)
@@ -3126,12 +3153,16 @@ class Future:
         """Wait for the result; raise the task's own exception if it failed.
 
         ``timeout`` is in seconds, or a string like "10 ms".  Raises TimeoutError, and
-        CancelledError if there will be no result.
+        CancelledError if there will be no result.  The value is unpickled for each call: what one
+        caller does to it does not change another's.
         """
         return self._get(outcome, timeout, value=True)
 
     def exception(self, timeout=None):
-        """Wait; return the exception that the task raised, None if there was none."""
+        """Wait; return the exception that the task raised, None if there was none.
+
+        Raises TimeoutError after ``timeout``, and CancelledError if it was cancelled.
+        """
         return self._get(failure, timeout)
 
     def traceback(self, timeout=None):
@@ -3149,7 +3180,8 @@ class Future:
     def add_done_callback(self, function):
         """Call ``function(future)`` in a thread for callbacks, as soon as it is done.
 
-        What it raises is logged.
+        What it raises is logged.  All callbacks of this process share one thread, which is not the
+        loop's: so a callback may wait for other futures, but holds up the callbacks after it.
         """
 
         def call():
@@ -3164,7 +3196,10 @@ class Future:
         self.client._post(watch)
 
     def release(self):
-        """Let the result go, as if this object were deleted.  Twice is harmless."""
+        """Let the result go, as if this object were deleted.  Twice is harmless.
+
+        Other futures of the same key keep it.
+        """
         with contextlib.suppress(IndexError):
             self._live.pop()
             self.client._post(lambda: self.client.state.stimulus_release(self._state))
@@ -3200,11 +3235,16 @@ CALLBACKS = concurrent.futures.ThreadPoolExecutor(1, "minidist-callbacks")
 
 
 def settled(state, value=False):
-    """Whether nothing more will come for it (``value``: and its value is here)."""
+    """Whether nothing more will come for it (``value``: and its value is here).
+
+    That a task has finished is one thing, and soon known; its value is fetched only if it is asked
+    for: who waits for 1,000 tasks with ``wait`` gets 1,000 notices, and no large results.
+    """
     return bool(state.value) if value and state.status == "finished" else state.status != "pending"
 
 
 def failed(state):
+    """Whether it has come to nothing.  A value that is here stays good, whatever came later."""
     return state.status in ("error", "cancelled") and not state.value
 
 
@@ -3242,7 +3282,12 @@ def seconds(timeout):
 
 
 class Threaded:
-    """What lives in the running loop, or (synchronous) in a loop and a thread of its own."""
+    """What lives in the running loop, or (synchronous) in a loop and a thread of its own.
+
+    Subclasses have two coroutine methods, ``_start`` and ``_close``; the rest follows.  In a
+    notebook a loop is running already, but in the thread in which cells wait: so a synchronous
+    client cannot use it, and needs its own.
+    """
 
     def _live(self, asynchronous):
         self.asynchronous = asynchronous
@@ -3316,6 +3361,14 @@ class Client(Threaded, Body):
     lives in the running event loop: use ``async with`` (or ``await`` it); methods that wait return
     awaitables, and futures can be awaited.  Otherwise its own loop runs in a thread, so that it
     works in notebooks.  Raises OSError if no scheduler is there, PermissionError if it refuses us.
+
+        with Client("127.0.0.1:8786") as client:    # or Client(), Client(n_workers=4)
+            squares = client.map(lambda x: x * x, range(100))
+            total = client.submit(sum, squares)     # futures as arguments: nothing is fetched
+            print(total.result())
+
+    ``name`` is the first part of its identity in the scheduler's log.  ``Client.current()`` is
+    this one while it is open, unless not ``set_as_default`` or another was opened later.
     """
 
     role = "client"
@@ -3392,6 +3445,7 @@ class Client(Threaded, Body):
         self._end(ConnectionError, f"the scheduler at {self._address} is gone")
 
     def _end(self, kind, text):
+        """From now on, pending futures are cancelled, and new calls raise ``kind(text)``."""
         self._refusal = (kind, text)
         self.state.stimulus_scheduler_left(text)
         self.flush()
@@ -3425,6 +3479,10 @@ class Client(Threaded, Body):
     # The inbox.
 
     def _post(self, *entry):
+        """Leave ``function, *arguments`` for the loop.  Any thread may call this, at any moment.
+
+        The append needs no lock: a deque's is atomic.
+        """
         self._inbox.append(entry)
         if not self._waking:
             self._waking = True
@@ -3443,12 +3501,15 @@ class Client(Threaded, Body):
         self.flush()
 
     async def _catch_up(self):
-        """Go on when all that was posted before has been acted on."""
+        """Go on when all that was posted before has been acted on.
+
+        So a thread that has just submitted, and now waits, finds what it has submitted.
+        """
         while self._inbox:
             self._drain()
 
     def _act(self, stimulus, futures, *arguments):
-        """Give the mind a stimulus about futures, after all that was posted before."""
+        """Give the mind a stimulus about futures, in the inbox's order; wait until it has it."""
         self._check_own(futures)
         self._post(lambda: stimulus([future._state for future in futures], *arguments))
         return self._run(self._catch_up())
@@ -3475,6 +3536,7 @@ class Client(Threaded, Body):
         return finish()
 
     async def _settle(self, futures, timeout=None, value=False, enough=None):
+        """The part of ``_wait_for`` that is in the loop."""
         await self._catch_up()
         left = {future._state: None for future in futures}
         total, ready = len(left), self._loop.create_future()
@@ -3512,6 +3574,11 @@ class Client(Threaded, Body):
         while there is none of these if ``allow_other_workers``).  After an exception it is tried
         again up to ``retries`` times.  Raises TypeError or ValueError for what cannot be pickled,
         or for a bad option.
+
+        Say ``pure=False`` of what gives another result each time (a random number, the time), or
+        is called for what it does.  It may run more than once all the same: if its worker dies
+        while it runs, or if its result was lost.  The arguments are pickled here and now: what is
+        done to them afterwards changes nothing.
         """
         options = self._options(func, kwargs)
         key = check_key(key) if key is not None else None
@@ -3522,7 +3589,9 @@ class Client(Threaded, Body):
 
         It stops at the shortest iterable.  ``key`` is a prefix, or a list with a key for each;
         the options of ``submit`` and all ``kwargs`` go to every call.  (``batch_size`` has no
-        effect: what is submitted travels in batches anyway.)
+        effect: what is submitted travels in batches anyway.)  Raises what ``submit`` does.
+
+        The function is pickled once, so this costs much less than as many calls of ``submit``.
         """
         options = self._options(func, kwargs)
         if not iterables or any(isinstance(iterable, Future) for iterable in iterables):
@@ -3592,7 +3661,10 @@ class Client(Threaded, Body):
         return self._begin(key, submit)
 
     def _begin(self, key, stimulus):
-        """A Future; the inbox brings ``stimulus`` to the loop, which makes its state."""
+        """A Future; the inbox brings ``stimulus`` to the loop, which makes its state.
+
+        The entry refers to the future, so that it cannot be deleted before its state is there.
+        """
         future = Future(key, self)
 
         def begin():
@@ -3613,6 +3685,8 @@ class Client(Threaded, Body):
         ``broadcast``, each goes to all.  Equal data shares a key, unless not ``hash``.  It always
         goes directly to the workers, whatever ``direct``.  Scattered data cannot be computed
         again.  Raises TimeoutError if there is no worker to hold it within ``timeout`` seconds.
+
+        For what many calls need: an argument travels by the scheduler, with each call again.
         """
         self._check_open()
         timeout = self._timeout if timeout is None else seconds(timeout)
@@ -3657,8 +3731,11 @@ class Client(Threaded, Body):
         """The results of futures in nested lists, tuples, sets and dicts, in the same shape.
 
         ``errors="raise"`` raises the first exception; ``errors="skip"`` leaves out what failed, and
-        puts None in its place in a dict.
-        Results come directly from the workers, whatever ``direct``.
+        puts None in its place in a dict.  Results come directly from the workers, whatever
+        ``direct``.  Raises the first failed task's own exception, without waiting for the others;
+        CancelledError for one that was cancelled.
+
+        All of it comes here: if that is much, submit a call that needs only a part of it.
         """
         if errors not in ("raise", "skip"):
             raise ValueError(f"errors={errors!r} is neither 'raise' nor 'skip'")
@@ -3751,13 +3828,20 @@ class Client(Threaded, Body):
         return self._run(ask())
 
     def scheduler_info(self):
-        """The scheduler's address, and what it knows of its workers."""
+        """The scheduler's address, and what it knows of its workers, by their addresses.
+
+        Of each: ``id``, ``name``, ``nthreads`` and ``nbytes``, the size of what it holds.
+        """
         # dask: in an asynchronous client it is what it was a moment ago; here, too.
         workers = self._workers if self.asynchronous else self._run(self._ask("workers"))
         return {"type": "Scheduler", "address": self._address, "workers": workers}
 
     def story(self, *keys):
-        """The transitions of tasks: [(key, start, finish, attempt, worker)]"""
+        """The transitions of tasks: [(key, start, finish, attempt, worker)]
+
+        ``keys`` are keys or futures.  The scheduler remembers the last transitions of all tasks.
+        This is where to look when something runs twice, late, or not at all.
+        """
 
         async def ask():
             return list((await self._ask("story", [getattr(k, "key", k) for k in keys])).values())
@@ -3786,6 +3870,9 @@ class Client(Threaded, Body):
         Returns {address: result}.  Coroutine functions are awaited; a parameter ``dask_worker``
         gets the Worker.  ``on_error`` is "raise", "return" (the exception in the result's place)
         or "ignore".
+
+        For a look at the workers' processes, or to prepare them: it takes no thread from tasks,
+        and workers that come later know nothing of it.
         """
         if on_error not in ("raise", "return", "ignore"):
             raise ValueError(f"on_error={on_error!r} is none of 'raise', 'return', 'ignore'")
@@ -3874,7 +3961,10 @@ def default_client():
 
 
 def fire_and_forget(obj):
-    """Let tasks run to their end though nobody keeps their futures; the results are dropped."""
+    """Let tasks run to their end though nobody keeps their futures; the results are dropped.
+
+    Also when the client has gone.  For what is called for its effect, like writing a file.
+    """
     for future in futures_of(obj):
         future.client._post(lambda f=future: f.client.state.stimulus_fire_and_forget([f._state]))
 
@@ -3884,7 +3974,7 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED):
 
     ``return_when`` is ALL_COMPLETED, FIRST_COMPLETED or (beyond dask) FIRST_EXCEPTION.
     Raises TimeoutError after ``timeout``, CancelledError if one of them was cancelled; errors of
-    tasks are not raised.
+    tasks are not raised.  No result is fetched.
     """
     if timeout is not None and not isinstance(timeout, (int, float, str)):
         raise TypeError("wait takes one collection of futures: wait([x, y]), not wait(x, y)")
@@ -3911,7 +4001,10 @@ class as_completed:
 
     A future is yielded as often as it was given, cancelled ones too.  ``with_results`` yields
     pairs with the results; an error is then raised, or (not ``raise_errors``) its type, itself and
-    its traceback stand in the result's place.  After ``timeout`` seconds, counted from here, TimeoutError is raised.
+    its traceback stand in the result's place.  After ``timeout`` seconds, counted from here,
+    TimeoutError is raised.
+
+    More futures may be added meanwhile: those of calls that a result makes worth trying.
     """
 
     def __init__(
@@ -3969,6 +4062,7 @@ class as_completed:
             yield self.next_batch()
 
     async def _wait(self):
+        """Until one is done.  (The event may also tell of one that has been taken since.)"""
         while not self._ready:
             self._news.clear()
             left = self._deadline - time.monotonic()
@@ -3978,6 +4072,7 @@ class as_completed:
                 raise TimeoutError(f"{self._left} futures are not done in time") from None
 
     def _take(self):
+        """What is yielded for the next one that is done."""
         future = self._ready.popleft()
         self._left -= 1
         state = future._state
