@@ -4109,7 +4109,10 @@ class as_completed:
 #
 # Worker processes are started as commands, not forked or spawned from the user's script: so no
 # script needs an ``if __name__ == "__main__"``, and no lock or thread of it is copied.  Each holds
-# the other end of its standard input in this process, and ends when that does, however it ends.
+# the other end of its standard input in this process, and ends when that does, however it ends:
+# the kernel closes a pipe even after ``kill -9``, and nobody has to be alive to say so.
+#
+# dask: spawns from the user's script; what watches and restarts a worker's process is its nanny.
 
 
 class LocalCluster(Threaded):
@@ -4118,6 +4121,14 @@ class LocalCluster(Threaded):
     ``n_workers`` (one for each core) of ``threads_per_worker`` (1); ``processes=False`` makes one
     worker with a thread for each core.  A worker process that is lost is replaced, and each ends
     when this process does, however that ends.  What can be imported here can be there.
+
+    ``options`` are those of ``Scheduler``: with ``host="0.0.0.0"``, clients and workers on other
+    machines can join.  ``address`` is its scheduler's, ``scheduler`` the scheduler itself, whose
+    ``state`` can be looked at.  ``with`` (or ``async with``, if ``asynchronous``) starts and
+    closes it.  Raises OSError if the port is taken, TimeoutError if its workers do not start.
+
+    With ``processes=False`` all is in one process: for a look at everything in a debugger, or for
+    tasks that spend their time in compiled code or waiting.
     """
 
     def __init__(
@@ -4150,12 +4161,15 @@ class LocalCluster(Threaded):
             await asyncio.sleep(0.01)
 
     async def _end(self):
-        """A client may shut the cluster down."""
+        """A client may shut the cluster down: then it closes as if the user had closed it."""
         await self.scheduler.ended.wait()
         await self._close()
 
     async def _keep(self, name):
-        """Run a worker process; when it is lost, another."""
+        """Run a worker process; when it is lost, another, until the cluster ends.
+
+        It is killed then: what it holds is of no use to anybody, and its tasks may take long.
+        """
         threads = self.threads_per_worker
         arguments = [self.address, "--nthreads", threads, "--name", name, "--quiet"]
         while not self.scheduler.ended.is_set():
@@ -4183,6 +4197,7 @@ async def worker_process(*arguments, ended_by):
     It also ends when its standard input does: so with this process, however that ends.
     """
     command = [sys.executable, __file__, "worker", *map(str, arguments), "--until-stdin-ends"]
+    # What the user's script can import, the functions that it submits can too.
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     # In a session of its own: Ctrl-C in the terminal is for us, and may only interrupt a wait.
     options = {"env": {**os.environ, "PYTHONPATH": path}, "start_new_session": True}
@@ -4196,11 +4211,17 @@ async def worker_process(*arguments, ended_by):
 
 
 async def describe_exit(process):
+    """How a process ended: what a ``KilledWorker`` says of it."""
     code = await process.wait()
     return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
 # ---- 12. Command line ----
+#
+# A cluster by hand: one terminal for the scheduler, one for each worker.  A process ends with exit
+# code 0 if it was asked to end (Ctrl-C, SIGTERM, a client's ``shutdown``), and with 1 and one line
+# that says why if it could not go on.  What it says for programs to read (its address) goes to
+# standard output, flushed at once; what happens meanwhile, to standard error.
 
 DEFAULT_PORT = 8786
 
@@ -4261,6 +4282,11 @@ async def until_stopped(coroutine):
 
 
 async def run_scheduler(options):
+    """A scheduler, until a client shuts the cluster down or somebody ends this process.
+
+    Without ``--port``, the next one is tried if the default one is taken: the one who started the
+    other scheduler may be somebody else on the same machine.  A port that was asked for is meant.
+    """
     ports = range(DEFAULT_PORT, DEFAULT_PORT + 100) if options.port is None else [options.port]
     for port in ports:
         try:
@@ -4278,6 +4304,11 @@ async def run_scheduler(options):
 
 
 async def run_worker(options):
+    """A worker, until the scheduler is gone or somebody ends this process.
+
+    It waits for a scheduler for as long as it takes.  When it is asked to end, it first hands over
+    what only it holds; a second Ctrl-C ends it at once.
+    """
     if options.nworkers > 1:
         return await run_workers(options)
     if options.until_stdin_ends:
@@ -4311,7 +4342,10 @@ async def run_workers(options):
 
 
 def end_with_stdin():
-    """End when whoever holds the other end of standard input does, however that ends."""
+    """End when whoever holds the other end of standard input does, however that ends.
+
+    At once, whatever runs: whoever started this process for its own use has no use for it now.
+    """
     while os.read(0, 1000):
         pass
     os._exit(0)
