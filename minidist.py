@@ -2750,13 +2750,14 @@ class Scheduler(Body):
             raise ProtocolError(f"a {connection.peer} that does not register, or is here already")
         logger.info("%s joined", peer)
         how = ["connection lost"] if connection.peer == "worker" else []
-        process = self.watched.get(batch[0].get("name")) if how else None
+        name = batch[0].get("name")  # (A client has none.)
+        process = self.watched.get(name)
         try:
             await self.follow(peer, connection, batch)
             if process and peer in self.state.workers:
                 with contextlib.suppress(TimeoutError):  # How it ended says more.
                     how = [await asyncio.wait_for(describe_exit(process), 5)]
-            elif process:
+            elif process and not self.state.named([name]):  # Else it was another of that name.
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()  # It was silent for too long.
         finally:

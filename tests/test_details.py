@@ -743,6 +743,19 @@ def test_a_scheduler_that_hangs_up_before_it_answers_is_not_there(peer):
     asyncio.run(main())
 
 
+def test_a_worker_that_is_refused_for_its_name_does_no_harm_to_who_bears_it():
+    async def join_as_0(cluster):
+        with pytest.raises(ValueError, match="a worker named '0' is there already"):
+            async with Worker(cluster.address, 1, "0"):
+                pass
+        await until(lambda: len(cluster.scheduler.links) == 2)
+
+    with minidist.LocalCluster(n_workers=1, threads_per_worker=1) as cluster, Client(cluster) as c:
+        pids = c.run(os.getpid)
+        asyncio.run(join_as_0(cluster))
+        assert c.run(os.getpid) == pids
+
+
 def test_a_local_cluster_whose_workers_do_not_start_says_so_and_leaves_nothing(monkeypatch):
     monkeypatch.setitem(LIMITS, "start_seconds", 0.2)
     monkeypatch.setattr(minidist.sys, "executable", "/bin/false")
