@@ -2291,7 +2291,7 @@ CONTEXT = Context()
 
 
 def resolve(key):
-    """On a worker, what a pickled Future becomes: the value."""
+    """On a worker, what a pickled Future becomes when it is unpickled: the value."""
     return CONTEXT.inputs[key]
 
 
@@ -2339,6 +2339,7 @@ def dump_call(function, args, kwargs):
 
 
 def dump_part(what, obj):
+    """Pickle an object; if that fails, say which: its own message names only what is inside."""
     try:
         return dumps(obj)
     except Exception as error:
@@ -2371,7 +2372,10 @@ def load_call(run_spec, inputs):
 
 
 def name_of(func):
-    """The function's name: the first part of its tasks' keys."""
+    """The function's name: the first part of its tasks' keys.
+
+    The scheduler also measures by it how long a task takes: calls of one function are alike.
+    """
     func = getattr(func, "func", func)  # functools.partial
     return str(getattr(func, "__name__", type(func).__name__)).strip("<>")
 
@@ -2393,6 +2397,7 @@ def pure_key(name, frames):
 
 
 def unique():
+    """A name that nobody else has: enough bits of chance that nobody has to be asked."""
     return os.urandom(16).hex()
 
 
@@ -2642,7 +2647,10 @@ class Body:
 
 
 def reachable(host):
-    """The address to tell others when listening on ``host``: one of our own for "any"."""
+    """The address to tell others when listening on ``host``: one of our own for "any".
+
+    A machine has several; the right one is where its packets for other machines leave from.
+    """
     if host not in ("0.0.0.0", ""):
         return host
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -2897,6 +2905,7 @@ class Worker(Body):
     def take(self, peer, op, fields):
         """What the mind wants to hold is stored, and what it is told to free is not any more."""
         if op in ("goodbye", "refused"):
+            # We hang up: if the scheduler did, it might cut off what it has just said.
             self.parting = fields.get("text", "")
             self.scheduler.hang_up()
             return
@@ -2975,6 +2984,8 @@ class Worker(Body):
             with self.lock:
                 self.state.stimulus_failed(attempt.number, exception)
             return
+        # A small result that somebody waits for travels with the notice: one message, and no
+        # connection to this worker.  Others are pickled if and when they are asked for.
         if attempt.wanted and nbytes <= LIMITS["ride_along_bytes"]:
             with contextlib.suppress(Exception):  # It will fail whoever asks for it.
                 value = dumps(result)
@@ -2989,16 +3000,18 @@ class Worker(Body):
         """A value as an object.  ``inputs`` are a thread's own: the store may have freed them."""
         value = (inputs or self.store)[name]
         if isinstance(value, Packed):
-            value = loads(value.frames)
-            with self.lock:
+            value = loads(value.frames)  # Two threads may do so at once; one result stays.
+            with self.lock:  # It may be freed just now: what is stored after that would stay.
                 if name in self.store:
                     self.store[name] = value
         return value
 
     async def run(self, coroutine):
+        """A task's coroutine, cancelled when the worker closes: its thread waits for it."""
         return await self.start(coroutine)
 
-    # Data connections.
+    # Data connections.  What comes by them is entered in the mind's books only as far as rule three
+    # of chapter 1 allows: a value that was put is claimed on the scheduler's stream.
 
     async def serve(self, connection):
         """A peer's or client's data connection: give it the values that it asks for."""
@@ -3291,6 +3304,7 @@ class Threaded:
     """
 
     def _live(self, asynchronous):
+        """The end of ``__init__``: a synchronous one has started when that returns."""
         self.asynchronous = asynchronous
         if asynchronous:
             return
@@ -3324,7 +3338,10 @@ class Threaded:
         self.close()
 
     def close(self, timeout=None):
-        """End it, and what belongs to it.  Twice is harmless."""
+        """End it, and what belongs to it.  Twice is harmless.
+
+        Raises TimeoutError if that takes more than ``timeout`` seconds.
+        """
         if self.asynchronous:
             return self._close()
         if self._loop.is_running():
@@ -3337,7 +3354,10 @@ class Threaded:
         self._loop.close()
 
     def _run(self, coroutine, timeout=None):
-        """Run in the loop: an awaitable, or (synchronous) wait for it here."""
+        """Run in the loop: an awaitable, or (synchronous) wait for it here.
+
+        An interrupt in the waiting thread ends what it waits for, and nothing else.
+        """
         if self.asynchronous:
             return coroutine
         if threading.current_thread() is self._thread:
@@ -3414,6 +3434,7 @@ class Client(Threaded, Body):
             Client._instances.append(self)
 
     async def introduce(self, connection):
+        """Nobody connects to a client: it says only who it is, and that it wants nothing."""
         self.id = f"{self.name or 'client'}-{unique()[:8]}"
         return {"op": "register-client", "id": self.id, "wants": []}
 
@@ -3425,6 +3446,7 @@ class Client(Threaded, Body):
         return cls._instances[-1]
 
     async def _close(self):
+        """What was posted still goes out; then what waits is told that it waits in vain."""
         if self in Client._instances:
             Client._instances.remove(self)
         if self._scheduler is not None:
@@ -3491,7 +3513,11 @@ class Client(Threaded, Body):
                 self._loop.call_soon_threadsafe(self._drain)
 
     def _drain(self):
-        """Act on what was posted, a bounded number of entries in one turn of the loop."""
+        """Act on what was posted, a bounded number of entries in one turn of the loop.
+
+        Between the turns answers are read: the first of 100,000 calls are running, and their
+        results arrive, while the last are still being submitted.
+        """
         self._waking = False
         for _ in range(min(len(self._inbox), LIMITS["batch_messages"])):
             function, *arguments = self._inbox.popleft()
@@ -3633,6 +3659,10 @@ class Client(Threaded, Body):
         return priority, names_of(workers), bool(loose), retries
 
     def _check_open(self):
+        """Nothing new is taken after the end, nor after a fork.
+
+        A forked child has a copy of everything but the loop's thread: what it posted nobody reads.
+        """
         if self._refusal:
             raise self._refusal[0](self._refusal[1])
         if self._pid != os.getpid():
@@ -3644,6 +3674,7 @@ class Client(Threaded, Body):
                 raise ValueError(f"{future!r} belongs to another client")
 
     def _submit(self, function, args, kwargs, key, pure, options):
+        """One call: everything that may fail does so here, in the user's thread."""
         run_spec, futures = dump_call(function, args, kwargs)
         self._check_own(futures)
         if not all(future._live for future in futures):
@@ -3788,6 +3819,7 @@ class Client(Threaded, Body):
         return answer.result()
 
     async def _ask(self, what, keys=()):
+        """Facts from the scheduler's tables, as ``SchedulerMind.facts_...`` collects them."""
         (rows,) = await self._question(SCHEDULER, "query", what, list(keys))
         facts = {thaw(key): thaw(fact) for key, fact in rows}
         self._workers = facts if what == "workers" and not keys else self._workers
@@ -3798,7 +3830,10 @@ class Client(Threaded, Body):
         return self._run(self._ask("who_has", [future.key for future in leaves_of(futures)]))
 
     def has_what(self, workers=None):
-        """{address: keys of the results that the worker holds}"""
+        """{address: keys of the results that the worker holds}, of these workers or of all.
+
+        ``workers`` may be named as in ``submit``, here and below.
+        """
         return self._run(self._ask("has_what", names_of(workers)))
 
     def processing(self, workers=None):
@@ -3817,7 +3852,11 @@ class Client(Threaded, Body):
     ncores = nthreads
 
     def nbytes(self, keys=None, summary=True):
-        """Bytes of the results that the workers hold: by the keys' first part, or by key."""
+        """Bytes of the results that the workers hold: by the keys' first part, or by key.
+
+        A key's first part is its function's name, if nobody gave it another.  A result counts
+        once, however many workers hold it.
+        """
 
         async def ask():
             sizes = collections.Counter()
@@ -3850,8 +3889,10 @@ class Client(Threaded, Body):
         return self._run(ask())
 
     def wait_for_workers(self, n_workers, timeout=None):
-        """Wait until so many workers are there.  Raises TimeoutError after ``timeout`` seconds."""
+        """Wait until so many workers are there.  Raises TimeoutError after ``timeout`` seconds.
 
+        Calls may be submitted before: they wait for a worker by themselves.
+        """
         if type(n_workers) is not int or n_workers < 1:
             raise ValueError(f"n_workers={n_workers!r} is no positive whole number")
 
@@ -3877,7 +3918,7 @@ class Client(Threaded, Body):
         """
         if on_error not in ("raise", "return", "ignore"):
             raise ValueError(f"on_error={on_error!r} is none of 'raise', 'return', 'ignore'")
-        self._options(function, {})
+        self._options(function, {})  # Only to check.
         run_spec, futures = dump_call(dump_function(function), args, kwargs)
         if futures:
             raise TypeError("run takes no futures: gather them first")
@@ -3923,12 +3964,12 @@ def described(workers):
 
 
 def thaw(fact):
-    """What was a tuple before JSON made it a list."""
+    """What was a tuple before JSON made it a list.  (Keys have to be tuples again: of a dict.)"""
     return tuple(map(thaw, fact)) if type(fact) is list else fact
 
 
 def leaves_of(obj):
-    """The futures in nested containers."""
+    """The futures in nested lists, tuples, sets and dicts; what else there is, is passed over."""
     if isinstance(obj, Future):
         yield obj
     elif isinstance(obj, (list, tuple, set, frozenset, dict)):
@@ -4063,7 +4104,7 @@ class as_completed:
             yield self.next_batch()
 
     async def _wait(self):
-        """Until one is done.  (The event may also tell of one that has been taken since.)"""
+        """Wait until one is done.  (The event may also tell of one that has been taken since.)"""
         while not self._ready:
             self._news.clear()
             left = self._deadline - time.monotonic()
