@@ -4269,6 +4269,10 @@ DEFAULT_PORT = 8786
 
 
 def parse(argv):
+    """The options of a command, with the coroutine function that ``run``s it.
+
+    Two options are not shown: with them minidist starts processes of its own.
+    """
     parser = argparse.ArgumentParser(prog="minidist", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     scheduler = commands.add_parser("scheduler", help="start a scheduler")
@@ -4297,7 +4301,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    """The command line: ``minidist scheduler`` and ``minidist worker IP:PORT``."""
+    """The command line: ``minidist scheduler`` and ``minidist worker IP:PORT``; the exit code."""
     options = parse(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -4370,7 +4374,7 @@ async def run_worker(options):
 
 async def run_workers(options):
     """Several worker processes, which end with this one."""
-    # One after the other, so that what they hand over to others is not in flight all at once.
+    # They leave one after the other: else each might hand its data over to one that leaves, too.
     async with contextlib.AsyncExitStack() as parts:
         processes = []
         for number in range(options.nworkers):
