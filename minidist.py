@@ -536,6 +536,8 @@ class ClientMind(FetchingMind):
         if not state.count and self.futures.get(state.key) is state:
             self.let_go(state)
             self.send_name(SCHEDULER, "release-keys", (state.key, state.want))
+            if not state.final:
+                self.become(state, "cancelled", "its last future was released")
 
     def stimulus_ask(self, states):
         """Somebody waits for these values: fetch what did not come along with its notice."""

@@ -213,6 +213,16 @@ async def test_an_input_is_kept_for_the_task_that_needs_it(c, a, b):
 
 
 @on_cluster
+async def test_what_was_released_is_not_waited_for(c, a, b):
+    running, large = c.submit(through, 0), c.submit(bytes, 100_000)
+    await wait([large])
+    for future in (running, large):
+        future.release()
+        with pytest.raises(minidist.CancelledError, match="its last future was released"):
+            await future
+
+
+@on_cluster
 async def test_an_error_in_an_input_is_the_error_of_its_dependents(c, a, b):
     bad = c.submit(slow_pow, 10, "0.5")
     last = c.submit(abs, c.submit(abs, bad))
