@@ -47,6 +47,7 @@ import gc
 import hashlib
 import heapq
 import hmac
+import html
 import inspect
 import json
 import logging
@@ -3069,7 +3070,7 @@ class Worker(Body):
             return dict(status="error", value=pack_exception(TypeError(text)))
 
 
-# ---- 9. Client: Future, Client, as_completed, wait, fire_and_forget ----
+# ---- 9. Client: Future, Client, as_completed, wait, fire_and_forget, progress ----
 #
 # A user's thread, and ``Future.__del__`` in any thread at any moment of the garbage collector,
 # only append an entry to the client's inbox, and wake its loop if it sleeps; that append is the
@@ -3863,8 +3864,7 @@ class Client(Threaded, Body):
         async def ask():
             sizes = collections.Counter()
             for key, nbytes in (await self._ask("nbytes", keys or ())).items():
-                first = key if isinstance(key, str) else key[0]
-                sizes[(first.rpartition("-")[0] or first) if summary else key] += nbytes
+                sizes[first_part(key) if summary else key] += nbytes
             return dict(sizes)
 
         return self._run(ask())
@@ -3997,6 +3997,12 @@ def rebuild(obj):
 def futures_of(obj):
     """The futures in nested containers, each once."""
     return list(dict.fromkeys(leaves_of(obj)))
+
+
+def first_part(key):
+    """The function's name, where the key was made of it."""
+    first = str(key if isinstance(key, str) else key[0])
+    return first.rpartition("-")[0] or first
 
 
 def default_client():
@@ -4147,6 +4153,85 @@ class as_completed:
             raise StopAsyncIteration
         await self._wait()
         return self._take()
+
+
+class Bars:
+    """How far some tasks are, by the names of their functions: as text and as HTML."""
+
+    def __init__(self, states, multi):
+        self.rows, self.left = {}, {}  # {name: [done, failed, total]}, {pending state: its row}
+        self.changed = asyncio.Event()
+        self.back = ""  # moves a terminal's cursor to where it was last drawn
+        for state in states:
+            name = first_part(state.key) if multi else "all"
+            # A terminal cannot redraw what has scrolled away: so rows are few.
+            name = name if name in self.rows or len(self.rows) < 10 else "others"
+            self.left[state] = row = self.rows.setdefault(name, [0, 0, 0])
+            row[2] += 1
+
+    def count(self, state):
+        row = self.left.pop(state)
+        row[0] += 1
+        row[1] += state.status != "finished"
+        self.changed.set()
+
+    async def follow(self, client, draw):
+        """Draw when something is done, but at most ten times a second, until all is."""
+        # The futures themselves are not held: who looks at work does not keep it going.
+        for state in list(self.left):
+            client._watch(state, self.count)
+        while self.left:
+            self.changed.clear()
+            draw()
+            await self.changed.wait()
+            await asyncio.sleep(0.1 if self.left else 0)
+        draw()
+
+    def write(self):
+        """Draw in the terminal, over what was drawn before."""
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        lines = [f"{line[: columns - 1]}\x1b[K\n" for line in repr(self).splitlines()]
+        sys.stderr.write("".join([self.back, *lines]))
+        sys.stderr.flush()
+        self.back = f"\x1b[{len(lines)}A"
+
+    def shown(self):
+        """For each row: its name, how many are done, of how many, and that in words."""
+        for name, (done, failed, total) in self.rows.items():
+            yield name, done, total, f"{done} of {total}" + f", {failed} failed" * bool(failed)
+
+    def __repr__(self):
+        return "\n".join(
+            f"{name:20.20} [{'#' * (30 * done // total):30}] {words}"
+            for name, done, total, words in self.shown()
+        )
+
+    def _repr_html_(self):
+        return "".join(
+            f"<div><progress value={done} max={total}></progress> {html.escape(name)}: {words}</div>"
+            for name, done, total, words in self.shown()
+        )
+
+
+def progress(*futures, notebook=None, multi=True, complete=True):
+    """Draw how far futures are: a bar for each function name (not ``multi``: one for all).
+
+    In a terminal, on standard error, this waits until they are done; so does it, without a bar,
+    where there is no terminal.  In a notebook (``notebook=None`` finds out) it returns at once,
+    and the bars go on.  ``complete=False`` leaves out what is done already.
+    """
+    # dask: has a single bar in a terminal, and in a notebook a widget, which it returns.
+    futures = futures_of(futures)
+    client = futures[0].client if futures else Client.current()
+    states = dict.fromkeys(future._known() for future in futures)
+    bars = Bars([state for state in states if complete or not settled(state)], multi)
+    IPython = sys.modules.get("IPython")  # Never imported: where it is not, there is no notebook.
+    if notebook is None:
+        notebook = hasattr(IPython and IPython.get_ipython(), "kernel")
+    if notebook:
+        handle = IPython.display.display(bars, display_id=True)
+        return client._post(client.start, bars.follow(client, lambda: handle.update(bars)))
+    return client._run(bars.follow(client, bars.write if sys.stderr.isatty() else lambda: None))
 
 
 # ---- 10. Local cluster: processes of the very same command line, watched and restarted ----

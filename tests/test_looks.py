@@ -1,0 +1,192 @@
+"""What users look at: progress bars, and objects in a notebook.
+
+Bars are drawn on real pseudo-terminals by scripts of their own.
+"""
+
+import asyncio
+import contextlib
+import os
+import pty
+import queue
+import subprocess
+import sys
+import types
+
+import pytest
+
+from minidist import Bars, Client, FutureState, progress, wait
+from test_minidist import GATES, ROOT, RUNS, environment, process, through  # noqa: F401
+
+# ---- progress ----
+
+BARS = """
+from minidist import Client, progress
+
+def inc(x):
+    return x + 1
+
+def fail(x):
+    raise ValueError(x)
+
+with Client(n_workers=1) as client:
+    futures = client.map(inc, range(4))
+    progress(futures, [client.map(fail, futures)])
+    print([future.status for future in futures])
+"""
+
+INTERRUPTED = """
+import os, time
+from minidist import Client, progress
+
+with Client(n_workers=1, threads_per_worker=1) as client:
+    pids = client.run(os.getpid)
+    try:
+        progress(client.submit(time.sleep, 3600))
+    except KeyboardInterrupt:
+        print("interrupted:", client.run(os.getpid) == pids)
+"""
+
+
+@contextlib.contextmanager
+def on_a_terminal(script):
+    """Run a script on a terminal of its own, as a shell would: the other end of that terminal."""
+    ours, theirs = pty.openpty()
+    command, env = [sys.executable, "-c", script], {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=env, preexec_fn=lambda: os.login_tty(theirs)) as p:
+        os.close(theirs)
+        try:
+            yield ours
+        finally:
+            p.kill()
+            os.close(ours)
+
+
+def read(terminal, until=None):
+    """What is written to a terminal, until some words or its end."""
+    said = b""
+    with contextlib.suppress(OSError):  # This is how Linux says that nobody is there any more.
+        while until is None or until not in said:
+            said += os.read(terminal, 10_000)
+    return said
+
+
+def test_a_terminal_gets_a_bar_for_each_function_and_all_are_full_when_progress_returns():
+    with on_a_terminal(BARS) as terminal:
+        *_, inc, fail, last, end = read(terminal).decode().split("\r\n")
+    full = "#" * 30
+    assert inc == f"\x1b[2A{'inc':20} [{full}] 4 of 4\x1b[K"  # Two lines up, and over them.
+    assert fail == f"{'fail':20} [{full}] 4 of 4, 4 failed\x1b[K"
+    assert (last, end) == ("['finished', 'finished', 'finished', 'finished']", "")
+
+
+def test_where_standard_error_is_no_terminal_progress_waits_and_draws_nothing():
+    with process("-c", BARS) as p:
+        out, err = p.communicate(timeout=60)
+    assert (out, err) == ("['finished', 'finished', 'finished', 'finished']\n", "")
+
+
+def test_ctrl_c_ends_the_drawing_and_leaves_the_cluster_alone():
+    with on_a_terminal(INTERRUPTED) as terminal:
+        assert b"0 of 1" in read(terminal, until=b"0 of 1")
+        os.write(terminal, b"\x03")
+        assert read(terminal).endswith(b"interrupted: True\r\n")
+
+
+class FakeNotebook:
+    """What progress needs of IPython: a kernel, and a display that can be updated."""
+
+    def __init__(self):
+        self.shown = queue.SimpleQueue()
+        self.display = types.SimpleNamespace(display=self.show)
+
+    def get_ipython(self):
+        return types.SimpleNamespace(kernel="a kernel")
+
+    def show(self, obj, display_id):
+        assert display_id is True
+        self.update(obj)
+        return types.SimpleNamespace(update=self.update)
+
+    def update(self, obj):
+        self.shown.put(obj._repr_html_())
+
+    def shows(self, words):
+        """Wait until it shows some words."""
+        while words not in self.shown.get(timeout=30):
+            pass
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    notebook = FakeNotebook()
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    return notebook
+
+
+@pytest.fixture
+def c():
+    """A client whose one worker is a thread of this process."""
+    with Client(processes=False, threads_per_worker=1) as c:
+        yield c
+        for gate in GATES:
+            gate.set()
+
+
+def test_in_a_notebook_progress_returns_at_once_and_its_bars_go_on(c, notebook):
+    futures = c.map(through, [0, 1], key="<b>")
+    assert progress(futures) is None
+    notebook.shows("<div><progress value=0 max=2></progress> &lt;b&gt;: 0 of 2</div>")
+    GATES[0].set()
+    notebook.shows("<div><progress value=1 max=2></progress> &lt;b&gt;: 1 of 2</div>")
+    GATES[1].set()
+    notebook.shows("<div><progress value=2 max=2></progress> &lt;b&gt;: 2 of 2</div>")
+
+
+def test_bars_do_not_keep_their_tasks_wanted(c, notebook):
+    running, waiting = c.submit(through, 0), c.submit(through, 1, "dropped")
+    progress(running, waiting)
+    waiting.release()
+    notebook.shows("through: 1 of 2, 1 failed")
+    GATES[0].set()
+    notebook.shows("through: 2 of 2, 1 failed")
+    assert c.submit(through, 0, "next").result(30) == "next"
+    assert "dropped" not in RUNS
+
+
+def test_progress_can_have_one_bar_for_all_and_leave_out_what_is_done(c, notebook):
+    futures = [c.submit(abs, -1), c.submit(through, 0)]
+    wait(futures, return_when="FIRST_COMPLETED", timeout=30)
+    progress(futures, multi=False)
+    notebook.shows("all: 1 of 2")
+    progress(futures, complete=False)
+    notebook.shows("through: 0 of 1")
+
+
+def test_nothing_is_left_of_a_bar_that_could_not_be_drawn_when_its_tasks_are_done(c):
+    def draw():
+        raise BrokenPipeError
+
+    future = c.submit(through, 0)
+    bars = Bars([future._known()], multi=True)
+    with pytest.raises(BrokenPipeError):
+        c._run(bars.follow(c, draw))
+    GATES[0].set()
+    wait([future], timeout=30)
+    assert not c._watchers and not bars.left
+
+
+def test_the_eleventh_name_and_later_ones_share_a_row():
+    states = [FutureState(f"name{number}-1", want=1) for number in range(13)]
+    rows = Bars(states, multi=True).rows
+    assert [*rows] == [f"name{number}" for number in range(10)] + ["others"]
+    assert rows["others"] == [0, 0, 3]
+
+
+def test_an_asynchronous_client_awaits_its_progress():
+    async def main():
+        async with Client(processes=False, asynchronous=True) as c:
+            futures = c.map(abs, [-1, -2])
+            await progress(futures)
+            return [future.status for future in futures]
+
+    assert asyncio.run(main()) == ["finished", "finished"]
