@@ -3117,7 +3117,21 @@ class DoneAndNotDoneFutures(namedtuple("DoneAndNotDoneFutures", "done not_done")
         return self
 
 
-class Future:
+class Shown:
+    """Shows its ``_facts()``, as text and as HTML that leaves all colours to the notebook's theme."""
+
+    __slots__ = ()
+
+    def __repr__(self):
+        return f"<{type(self).__name__}: {', '.join(self._facts())}>"
+
+    def _repr_html_(self):
+        facts = "<br>".join(html.escape(fact) for fact in self._facts())
+        style = "border-left: 3px solid; padding-left: 0.6em"  # in the colour of the text
+        return f'<div style="{style}"><b>{type(self).__name__}</b><br>{facts}</div>'
+
+
+class Future(Shown):
     """The result of a task that may not have run yet.  Made by ``submit``, ``map``, ``scatter``.
 
     The result is kept on the cluster while one of its futures lives: delete the last one, and it
@@ -3242,10 +3256,10 @@ class Future:
         CONTEXT.collected[self] = None
         return resolve, (self.key,)
 
-    def __repr__(self):
+    def _facts(self):
         status = self._state.status if self._state else "pending"
-        kind = f" type: {self._state.type}," if status == "finished" else ""
-        return f"<Future: {status},{kind} key: {self.key}>"
+        kind = [f"type: {self._state.type}"] if status == "finished" else []
+        return [status, *kind, f"key: {self.key}"]
 
 
 CALLBACKS = concurrent.futures.ThreadPoolExecutor(1, "minidist-callbacks")
@@ -3298,7 +3312,7 @@ def seconds(timeout):
     return float(match[1]) * units[match[2]]
 
 
-class Threaded:
+class Threaded(Shown):
     """What lives in the running loop, or (synchronous) in a loop and a thread of its own.
 
     Subclasses have two coroutine methods, ``_start`` and ``_close``; the rest follows.  In a
@@ -3942,13 +3956,13 @@ class Client(Threaded, Body):
 
         return self._run(run())
 
-    def __repr__(self):
+    def _facts(self):
         if self._refusal:
-            return f"<Client: {self._refusal[1]}>"
+            return [self._refusal[1]]
         if not self.asynchronous and threading.current_thread() is not self._thread:
             with contextlib.suppress(OSError):
                 self._run(self._ask("workers"), timeout=1)
-        return f"<Client: {self._address}, {described(self._workers.values())}>"
+        return [self._address, described(self._workers.values())]
 
 
 def names_of(workers):
@@ -4314,9 +4328,9 @@ class LocalCluster(Threaded):
             await worker.close()
         await self.scheduler.close()
 
-    def __repr__(self):
+    def _facts(self):
         rows = [facts for _, facts in self.scheduler.state.facts_workers(())]
-        return f"<LocalCluster: {self.address}, {described(rows)}>"
+        return [self.address, described(rows)]
 
 
 @contextlib.asynccontextmanager

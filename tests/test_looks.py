@@ -8,6 +8,7 @@ import contextlib
 import os
 import pty
 import queue
+import re
 import subprocess
 import sys
 import types
@@ -190,3 +191,23 @@ def test_an_asynchronous_client_awaits_its_progress():
             return [future.status for future in futures]
 
     assert asyncio.run(main()) == ["finished", "finished"]
+
+
+# ---- Objects in a notebook ----
+
+
+def test_objects_show_the_same_facts_in_a_notebook_and_escape_what_users_named(c):
+    future = c.submit(abs, -1, key="<i>")
+    future.result(30)
+    html = future._repr_html_()
+    assert "<b>Future</b><br>finished<br>type: int<br>key: &lt;i&gt;</div>" in html
+    facts = r"<b>{}</b><br>tcp://[\d.]+:\d+<br>1 workers, 1 threads, 0.0 MB in memory</div>"
+    assert re.search(facts.format("Client"), c._repr_html_())
+    assert re.search(facts.format("LocalCluster"), c.cluster._repr_html_())
+    c.close()
+    assert "<b>Client</b><br>this client is closed</div>" in c._repr_html_()
+
+
+def test_objects_leave_all_colours_to_the_theme(c):
+    for shown in (c, c.cluster, c.submit(abs, -1), Bars([FutureState("x", want=1)], multi=True)):
+        assert not re.search("color|background|#[0-9a-f]{3}", shown._repr_html_())
