@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
 help:  ## list what can be made
+	@echo "make TARGET, where TARGET is:"
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 demo: $(VENV)/installed  ## every call in ten lessons; then a real program, while a worker is killed

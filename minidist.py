@@ -827,6 +827,7 @@ class SchedulerMind(Mind):
         self.submitted = self.puts = 0
         self.now_us, self.ttl_us = 0, ttl_us
         self.departed = ""  # which worker was lost last, and how
+        self.news = []  # who came and went, and why, in words: for the body to log
         self.complaints = {}  # {(ClientState, TaskState): why it cannot fetch the only copy}
         # Wants what no user waits for, and lets go when it has ended.
         self.keeper = ClientState("fire-and-forget", {})
@@ -836,6 +837,7 @@ class SchedulerMind(Mind):
     def stimulus_register_client(self, client, wants):
         """A client joins."""
         self.clients[client] = ClientState(client, {})
+        self.news.append(f"Client {client} joined")
         self.send(client, "registered", self.ttl_us)
 
     def stimulus_submit(self, client, key, want, name, run_spec, inputs, priority, **options):
@@ -942,8 +944,11 @@ class SchedulerMind(Mind):
 
     def stimulus_client_left(self, client):
         """A client's connection is lost: it wants nothing any more."""
-        cs = self.clients.pop(client, None)  # None: it was lost before it had registered.
-        for ts in list(cs.wants_what) if cs else ():
+        cs = self.clients.pop(client, None)
+        if cs is None:
+            return  # It was lost before it had registered.
+        self.news.append(f"Client {client} left: it wanted {len(cs.wants_what)} results")
+        for ts in list(cs.wants_what):
             self.let_go(cs, ts)
         self.settle()
 
@@ -971,6 +976,7 @@ class SchedulerMind(Mind):
 
     def stimulus_shutdown(self, client):
         """The cluster ends: workers are told, so that they do not complain."""
+        self.news.append(f"Client {client} ends the cluster")
         for worker in self.workers:
             self.send(worker, "goodbye")
 
@@ -1003,12 +1009,15 @@ class SchedulerMind(Mind):
     def stimulus_register_worker(self, worker, name, nthreads, values, attempts):
         """A worker joins; it holds and runs nothing yet."""
         if any(ws.name == name for ws in self.workers.values()):
-            self.send(worker, "refused", f"a worker named {name!r} is there already")
+            text = f"a worker named {name!r} is there already: choose another name"
+            self.news.append(f"Worker {worker} was refused: {text}")
+            self.send(worker, "refused", text)
             return
         tables = dict(processing={}, arriving={}, has_what={})
         ws = WorkerState(worker, name, nthreads, self.now_us, **tables)
         ws.queue = HeapSet(ws)
         self.workers[worker] = ws
+        self.news.append(f"Worker {worker} ({name}) joined, threads: {nthreads}")
         self.by_load[EMPTY][ws] = None
         self.changed[ws] = None
         for alias in ws.aliases():
@@ -1034,7 +1043,7 @@ class SchedulerMind(Mind):
         for ws in list(self.workers.values()):
             if now_us - ws.seen_us > self.ttl_us:
                 text = f"silent for more than {self.ttl_us / 1_000_000:g} s"
-                self.send(ws.id, "refused", text)
+                self.send(ws.id, "refused", f"this worker was {text}")
                 self.lose(ws.id, text)
         self.settle()  # Only now: nothing must be sent to the next one that is dead.
 
@@ -1057,6 +1066,7 @@ class SchedulerMind(Mind):
         if ws is None:
             return  # It was refused, or declared dead before its connection was lost.
         self.departed = f"{worker} ({ws.name}): {how}"
+        self.news.append(f"Worker {worker} ({ws.name}) left: {how}")
         del self.by_load[ws.load][ws]
         self.withdraw(ws)
         for peer in (*self.workers, *self.clients):
@@ -2578,15 +2588,16 @@ class Body:
         """Serve a peer, in a task that asyncio has made: whatever it does ends only itself."""
         self.tasks.add(asyncio.current_task())
         connection = Connection()
+        who = ":".join(map(str, writer.get_extra_info("peername") or "?"))
         try:
             await connection.open(reader, writer, self.role_when_called, self.id, accepting=True)
             await self.serve(connection)
         except (PermissionError, ProtocolError) as error:
-            logger.warning("Refused %s: %s", writer.get_extra_info("peername"), error)
+            logger.warning("Refused %s: %s", who, error)
         except (OSError, EOFError, asyncio.CancelledError):
             pass  # The peer is gone, or we are.
         except Exception:
-            logger.exception("Dropped %s: it broke us", writer.get_extra_info("peername"))
+            logger.exception("Dropped %s: it broke us", who)
         finally:
             self.tasks.discard(asyncio.current_task())
             writer.close()
@@ -2759,7 +2770,6 @@ class Scheduler(Body):
         peer = batch[0].pop("id", None) if batch else None  # Only who registers has one.
         if peer is None or peer in self.links:
             raise ProtocolError(f"a {connection.peer} that does not register, or is here already")
-        logger.info("%s joined", peer)
         how = ["connection lost"] if connection.peer == "worker" else []
         name = batch[0].get("name")  # (A client has none.)
         process = self.watched.get(name)
@@ -2772,7 +2782,6 @@ class Scheduler(Body):
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()  # It was silent for too long.
         finally:
-            logger.info("%s left", " ".join([peer, *how]))
             how = [f"{text} at {time.strftime('%H:%M:%S')}" for text in how]
             getattr(self.state, f"stimulus_{connection.peer}_left")(peer, *how)
             self.flush()
@@ -2788,6 +2797,13 @@ class Scheduler(Body):
         super().take(peer, op, fields)
         if op == "shutdown":
             self.ended.set()
+
+    def flush(self):
+        """Send, and log who came and went; not at the end, when all do."""
+        super().flush()
+        for text in self.state.news if self.server.is_serving() else ():
+            logger.info("%s", text)
+        self.state.news.clear()
 
 
 # ---- 8. Worker: executor threads, peer-to-peer transfers ----
@@ -4374,7 +4390,9 @@ def parse(argv):
 
     Two options are not shown: with them minidist starts processes of its own.
     """
-    parser = argparse.ArgumentParser(prog="minidist", description=__doc__.splitlines()[0])
+    text = "Give the address that the scheduler prints to workers, and in Python to Client(address)."
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="minidist", description=about, epilog=text)
     commands = parser.add_subparsers(dest="command", required=True)
     scheduler = commands.add_parser("scheduler", help="start a scheduler")
     scheduler.set_defaults(run=run_scheduler)
@@ -4393,6 +4411,12 @@ def parse(argv):
     text = "the worker's name in the cluster (its address); of several, with -0, -1, ... appended"
     worker.add_argument("--name", help=text)
     worker.add_argument("--nworkers", type=int, default=1, help="how many processes (1)")
+    levels = ["debug", "info", "warning", "error"]
+    text = f"the least that is logged: {', '.join(levels)} (info)"
+    for command in commands.choices.values():
+        command.add_argument(
+            "--log-level", default="info", choices=levels, metavar="LEVEL", help=text
+        )
     for option in ("--until-stdin-ends", "--quiet"):
         worker.add_argument(option, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -4404,7 +4428,8 @@ def parse(argv):
 def main(argv=None):
     """The command line: ``minidist scheduler`` and ``minidist worker IP:PORT``; the exit code."""
     options = parse(argv)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    level = options.log_level.upper()
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # Modules beside the user are importable.
     # Few of our objects are in cycles, and there are many of them: looking for cycles less often
@@ -4475,12 +4500,13 @@ async def run_worker(options):
 
 async def run_workers(options):
     """Several worker processes, which end with this one."""
-    # They leave one after the other: else each might hand its data over to one that leaves, too.
+    # They leave one after the other: so each can hand its data over to the next.
     async with contextlib.AsyncExitStack() as parts:
         processes = []
         for number in range(options.nworkers):
             name = ["--name", f"{options.name}-{number}"] if options.name else []
             arguments = [options.address, "--nthreads", options.nthreads, *name]
+            arguments += ["--log-level", options.log_level]
             process = worker_process(*arguments, ended_by=signal.SIGTERM)
             processes.append(await parts.enter_async_context(process))
         codes = await asyncio.gather(*(process.wait() for process in processes))

@@ -1,4 +1,4 @@
-"""What users look at: progress bars, and objects in a notebook.
+"""What users look at: progress bars, objects in a notebook, logs.
 
 Bars are drawn on real pseudo-terminals by scripts of their own.
 """
@@ -9,14 +9,25 @@ import os
 import pty
 import queue
 import re
+import signal
 import subprocess
 import sys
 import types
 
 import pytest
 
-from minidist import Bars, Client, FutureState, progress, wait
-from test_minidist import GATES, ROOT, RUNS, environment, process, through  # noqa: F401
+from minidist import REFUSAL, Bars, Client, FutureState, progress, wait
+from test_minidist import (  # noqa: F401
+    GATES,
+    ROOT,
+    RUNS,
+    SCRIPT,
+    address_of,
+    environment,
+    process,
+    scheduler,
+    through,
+)
 
 # ---- progress ----
 
@@ -211,3 +222,83 @@ def test_objects_show_the_same_facts_in_a_notebook_and_escape_what_users_named(c
 def test_objects_leave_all_colours_to_the_theme(c):
     for shown in (c, c.cluster, c.submit(abs, -1), Bars([FutureState("x", want=1)], multi=True)):
         assert not re.search("color|background|#[0-9a-f]{3}", shown._repr_html_())
+
+
+# ---- What scheduler and worker log ----
+
+
+def line_of(p):
+    """The next line that a scheduler logs, without its time and what differs between two runs."""
+    line = re.sub(r"^\d{4}-\d\d-\d\d [:,\d]+ ", "", p.stderr.readline().rstrip())
+    line = re.sub(r"(tcp://)?127\.0\.0\.1:\d+(#\w+)?", "ADDRESS", line)
+    return re.sub(r"(?<=alice-)\w+", "NUMBER", line)
+
+
+def a_worker(address, name, **env):
+    return process(SCRIPT, "worker", address, "--nthreads", 1, "--name", name, **env)
+
+
+def test_a_scheduler_logs_which_workers_come_and_go_and_why():
+    with process(SCRIPT, "scheduler", "--port", 0, "--worker-ttl", 1) as s:
+        address = address_of(s)
+        with a_worker(address, "a") as a, a_worker(address, "b") as b:
+            address_of(a), address_of(b)
+            joined = {line_of(s), line_of(s)}
+            assert joined == {f"INFO Worker ADDRESS ({n}) joined, threads: 1" for n in "ab"}
+            a.kill()
+            assert re.fullmatch(
+                r"INFO Worker ADDRESS \(a\) left: connection lost at [\d:]{8}", line_of(s)
+            )
+            b.send_signal(signal.SIGSTOP)
+            assert line_of(s) == "INFO Worker ADDRESS (b) left: silent for more than 1 s"
+        with a_worker(address, "c") as c:
+            assert line_of(s) == "INFO Worker ADDRESS (c) joined, threads: 1"
+            address_of(c)
+            c.send_signal(signal.SIGTERM)
+            assert line_of(s) == "INFO Worker ADDRESS (c) left: it said good-bye"
+        s.send_signal(signal.SIGTERM)
+        assert s.communicate(timeout=30) == ("", "")
+
+
+def test_a_scheduler_logs_one_line_for_each_worker_that_it_refuses(scheduler):
+    name_in_use = "a worker named 'a' is there already: choose another name"
+    with a_worker(scheduler.address, "a") as a:
+        address_of(a)
+        assert line_of(scheduler) == "INFO Worker ADDRESS (a) joined, threads: 1"
+        with a_worker(scheduler.address, "a") as second:
+            _, err = second.communicate(timeout=30)
+        assert err == f"minidist worker: {scheduler.address}: {name_in_use}\n"
+        assert line_of(scheduler) == f"INFO Worker ADDRESS was refused: {name_in_use}"
+        with a_worker(scheduler.address, "b", MINIDIST_TOKEN="another") as stranger:
+            assert stranger.wait(30) == 1
+        assert line_of(scheduler) == f"WARNING Refused ADDRESS: a worker with a {REFUSAL}"
+        scheduler.send_signal(signal.SIGTERM)
+        assert scheduler.communicate(timeout=30) == ("", "")
+
+
+def test_a_scheduler_logs_clients_and_nothing_of_errors_in_their_tasks(scheduler):
+    with a_worker(scheduler.address, "a") as a:
+        address_of(a)
+        line_of(scheduler)
+        with Client(scheduler.address, name="alice") as c:
+            assert line_of(scheduler) == "INFO Client alice-NUMBER joined"
+            futures = [c.submit(abs, "text"), c.submit(abs, -1)]
+            wait(futures, timeout=30)
+        assert line_of(scheduler) == "INFO Client alice-NUMBER left: it wanted 2 results"
+        with Client(scheduler.address, name="alice") as c:
+            assert line_of(scheduler) == "INFO Client alice-NUMBER joined"
+            c.shutdown()
+        assert line_of(scheduler) == "INFO Client alice-NUMBER ends the cluster"
+        assert a.communicate(timeout=30) == ("", "")
+        assert scheduler.communicate(timeout=30)[0] == ""
+
+
+def test_the_log_level_chooses_what_is_logged():
+    with process(SCRIPT, "scheduler", "--port", 0, "--log-level", "warning") as s:
+        address = address_of(s)
+        with a_worker(address, "a") as a, a_worker(address, "b", MINIDIST_TOKEN="another") as b:
+            address_of(a)
+            assert b.wait(30) == 1
+        assert line_of(s) == f"WARNING Refused ADDRESS: a worker with a {REFUSAL}"
+        s.send_signal(signal.SIGTERM)
+        assert s.communicate(timeout=30) == ("", "")
