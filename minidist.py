@@ -1096,6 +1096,7 @@ class SchedulerMind(Mind):
             ts.deaths = (*ts.deaths, self.departed)
         if len(ts.deaths) > ALLOWED_FAILURES:
             text = f"{ts.key!r} was alone on each of these when they died: {'; '.join(ts.deaths)}"
+            text += ": try that call in a Python of its own, and look at its memory"
             ts.error = ((), "KilledWorker", text)
 
     def stimulus_task_finished(self, worker, attempt, nbytes, type, duration_us, value):
@@ -1369,7 +1370,7 @@ class SchedulerMind(Mind):
         # Without any worker, one warning is enough for all that wait.
         for cs in ts.who_wants if ts.restrictions or len(self.unrunnable) == 1 else ():
             called = f" called {' or '.join(ts.restrictions)}" if ts.restrictions else ""
-            self.send(cs.id, "warning", f"{ts.key!r} waits: there is no worker{called}")
+            self.send(cs.id, "warning", f"{ts.key!r} waits: there is no worker{called} yet")
 
     def leave_no_worker(self, ts):
         del self.unrunnable[ts]
@@ -2193,12 +2194,12 @@ async def shake_hands(reader, writer, role, worker, accepting):
     theirs = await reader.readexactly(HELLO.size)
     magic, protocol, major, minor, peer, _, their_worker = HELLO.unpack(theirs)
     if magic != MAGIC or peer >= len(ROLES):
-        raise PermissionError("the other end does not speak minidist")
+        raise PermissionError("the other end does not speak minidist: is it a scheduler's port?")
     if (protocol, (major, minor)) != (PROTOCOL, version):
         text = f"the other end has protocol {protocol}, Python {major}.{minor}; this one has"
         raise PermissionError(f"{text} {PROTOCOL}, {version[0]}.{version[1]}: they must be equal")
     if their_worker != meant:
-        raise ConnectionError(f"{worker or 'the worker that the other end means'} is not there")
+        raise ConnectionError(f"{worker} is not there" if worker else "that is a worker's port")
 
     def proof(by_acceptor):
         said = b"acceptor" if by_acceptor else b"connector"
@@ -2357,7 +2358,7 @@ def dump_part(what, obj):
         return dumps(obj)
     except Exception as error:
         text = f"{what} ({type(obj).__name__}) cannot be pickled: {error}"
-        raise TypeError(text) from error
+        raise TypeError(f"{text}: make what cannot travel inside the task") from error
 
 
 @functools.lru_cache(maxsize=256)  # Not for ever: a notebook defines a function again and again.
@@ -2695,8 +2696,9 @@ async def reach_scheduler(address, body, timeout):
         except (OSError, EOFError) as error:
             connection.hang_up()
             if time.monotonic() >= deadline:
-                text = f"no scheduler at {address} within {timeout} s ({error!r})"
-                raise ConnectionError(text) from error
+                why = str(error) or "no answer; if it is in this event loop, use asynchronous=True"
+                text = f"no scheduler at {address} within {timeout} s ({why})"
+                raise ConnectionError(f"{text}: is it running, is this its address?") from error
         if timeout is None and trial == 0:
             logger.warning("No scheduler at %s yet; trying again", address)
         await asyncio.sleep(0.1)
@@ -2989,7 +2991,8 @@ class Worker(Body):
                 func, args, kwargs = load_call(attempt.run_spec, values)
             except Exception as error:
                 text = f"the call of {attempt.key!r} cannot be unpickled on {self.name}"
-                raise RuntimeError(f"{text}: {type(error).__name__}: {error}") from error
+                text = f"{text}: {type(error).__name__}: {error}"
+                raise RuntimeError(f"{text}: can that worker import the same as you?") from error
             start = time.perf_counter_ns()
             result = func(*args, **kwargs)
             if inspect.iscoroutine(result):
@@ -3083,7 +3086,8 @@ class Worker(Body):
             return dict(status="ok", value=await asyncio.to_thread(dumps, value))
         except Exception as error:
             text = f"the result of {name[0]!r}, a {type_name(value)}, cannot be pickled: {error}"
-            return dict(status="error", value=pack_exception(TypeError(text)))
+            error = TypeError(f"{text}: return something simpler")
+            return dict(status="error", value=pack_exception(error))
 
 
 # ---- 9. Client: Future, Client, as_completed, wait, fire_and_forget, progress ----
@@ -3262,6 +3266,9 @@ class Future(Shown):
             pass  # Released before, or the interpreter is going down.
 
     def __await__(self):
+        if not self.client.asynchronous:
+            text = "only futures of a Client(asynchronous=True) can be awaited: use result()"
+            raise TypeError(text)
         return self.result().__await__()
 
     def __reduce__(self):
@@ -3365,7 +3372,12 @@ class Threaded(Shown):
         return self.__aenter__().__await__()
 
     def __enter__(self):
+        if self.asynchronous:
+            raise TypeError("what is asynchronous needs async with, not with")
         return self
+
+    def __reduce__(self):
+        raise TypeError(f"a {type(self).__name__} cannot travel")
 
     def __exit__(self, *_):
         self.close()
@@ -3484,7 +3496,7 @@ class Client(Threaded, Body):
             Client._instances.remove(self)
         if self._scheduler is not None:
             await self._catch_up()
-            self._end(RuntimeError, "this client is closed")
+            self._end(RuntimeError, "this client is closed: make a new one")
             await self.stop()
             await self._scheduler.close()
         if self.cluster:
@@ -3498,7 +3510,8 @@ class Client(Threaded, Body):
     async def _listen(self, batch):
         """The scheduler's stream, until it ends."""
         await self.follow(SCHEDULER, self._scheduler, batch)
-        self._end(ConnectionError, f"the scheduler at {self._address} is gone")
+        text = f"the scheduler at {self._address} is gone: connect to a new one"
+        self._end(ConnectionError, text)
 
     def _end(self, kind, text):
         """From now on, pending futures are cancelled, and new calls raise ``kind(text)``."""
@@ -3620,7 +3633,8 @@ class Client(Threaded, Body):
                 if not watchers:  # Who waits again and again leaves nothing here.
                     del self._watchers[state]
         if left and not ready.done():
-            raise TimeoutError(f"{len(left)} of {total} futures are not done after {timeout} s")
+            text = f"{len(left)} of {total} futures are not done after {timeout} s"
+            raise TimeoutError(f"{text}: they go on, wait again or cancel them")
 
     # Submitting.
 
@@ -3783,7 +3797,9 @@ class Client(Threaded, Body):
                 there = len(await self._ask("workers", options[0]))
                 called = f" called {workers!r}" if workers else ""
                 text = f"not scattered after {timeout} s, with {there} workers{called}"
-                raise TimeoutError(text if there else f"{text}: no worker is there") from None
+                raise TimeoutError(
+                    text if there else f"{text}: no worker is there, start one"
+                ) from None
             for future in leaves_of(futures):
                 failure(future._state)
             return futures

@@ -216,7 +216,7 @@ def test_objects_show_the_same_facts_in_a_notebook_and_escape_what_users_named(c
     assert re.search(facts.format("Client"), c._repr_html_())
     assert re.search(facts.format("LocalCluster"), c.cluster._repr_html_())
     c.close()
-    assert "<b>Client</b><br>this client is closed</div>" in c._repr_html_()
+    assert "<b>Client</b><br>this client is closed: make a new one</div>" in c._repr_html_()
 
 
 def test_objects_leave_all_colours_to_the_theme(c):

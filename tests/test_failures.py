@@ -1,0 +1,384 @@
+"""What goes wrong in a beginner's first hour, and what README says of it.
+
+Each function below provokes one failure for real, and returns what a user gets to see of it.
+README's table "When something goes wrong" has a row for it, whose first column is that text,
+with "..." for what differs from one time to the next: so neither can go without the other.  (Some rows stand for several failures.)
+"""
+
+import asyncio
+import contextlib
+import functools
+import gc
+import logging.handlers
+import os
+import queue
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import types
+import unittest.mock
+import warnings
+
+import pytest
+
+import minidist
+from minidist import Client, Scheduler
+from test_minidist import ROOT, SCRIPT, address_of, environment, process  # noqa: F401
+
+FAILURES = []
+
+
+def failure(provoke):
+    """It is provoked once, in whichever test comes first."""
+    FAILURES.append(functools.cache(provoke))
+    return provoke
+
+
+def raised(function, *args, **kwargs):
+    """The last line of the traceback that a user sees."""
+    with pytest.raises(BaseException) as caught:
+        function(*args, **kwargs)
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def local(**options):
+    """A client with its cluster in this process: one worker with one thread."""
+    return Client(**{"processes": False, "threads_per_worker": 1, **options})
+
+
+@contextlib.contextmanager
+def a_scheduler(*code):
+    """A scheduler's process, which may run some code first: (itself, its address)."""
+    code = "; ".join(["import sys, minidist", *code, "minidist.main(['scheduler', '--port', '0'])"])
+    with process("-c", code) as p:
+        yield p, address_of(p)
+
+
+@contextlib.contextmanager
+def log():
+    """What is logged here meanwhile: a queue of texts."""
+    handler = logging.handlers.QueueHandler(texts := queue.SimpleQueue())
+    handler.prepare = logging.LogRecord.getMessage
+    logging.getLogger("minidist").addHandler(handler)
+    try:
+        yield texts
+    finally:
+        logging.getLogger("minidist").removeHandler(handler)
+
+
+def said_of(p):
+    """What a process has to say that ends by itself."""
+    return p.communicate(timeout=30)[1].rstrip()
+
+
+# ---- Nobody there, or somebody else ----
+
+
+@failure
+def no_scheduler_is_at_the_address():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return raised(Client, f"127.0.0.1:{port}", timeout=0.1)
+
+
+@failure
+def the_address_has_no_port():
+    return raised(Client, "127.0.0.1")
+
+
+@failure
+def another_program_is_at_the_port():
+    def greet():
+        with server.accept()[0] as line:
+            line.sendall(b"220 mail.example.org ready".ljust(200))
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        greeter = threading.Thread(target=greet)
+        greeter.start()
+        text = raised(Client, f"127.0.0.1:{server.getsockname()[1]}", timeout=0.1)
+        greeter.join()
+    return text
+
+
+@failure
+def the_port_is_a_workers():
+    with local() as c:
+        return raised(Client, c.cluster.workers[0].address, timeout=0.1)
+
+
+@failure
+def a_synchronous_client_waits_in_the_loop_of_its_scheduler():
+    async def main():
+        async with Scheduler() as s:
+            return raised(Client, s.address, timeout=0.1)
+
+    with unittest.mock.patch.dict(minidist.LIMITS, handshake_seconds=0.1):
+        return asyncio.run(main())
+
+
+@failure
+def the_secrets_differ():
+    with a_scheduler("import os", "os.environ['MINIDIST_TOKEN'] = 'another'") as (_, address):
+        return raised(Client, address)
+
+
+@failure
+def the_pythons_differ():
+    with a_scheduler("sys.version_info = (3, 99)") as (_, address):
+        return raised(Client, address)
+
+
+@failure
+def a_worker_waits_for_its_scheduler():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with process(SCRIPT, "worker", f"127.0.0.1:{port}") as p:
+        return p.stderr.readline().rstrip().partition("WARNING ")[2]
+
+
+@failure
+def two_workers_have_one_name():
+    with local() as c, process(SCRIPT, "worker", c.cluster.address, "--name", "0") as p:
+        return said_of(p)
+
+
+# ---- Calls that cannot be made ----
+
+
+@failure
+def a_function_uses_what_cannot_be_pickled():
+    lock = threading.Lock()
+    with local() as c:
+        return raised(c.submit, lambda: lock)
+
+
+@failure
+def an_argument_cannot_be_pickled():
+    with local() as c:
+        return raised(c.submit, print, threading.Lock())
+
+
+@failure
+def a_function_uses_the_client():
+    with local() as c:
+        return raised(c.submit, lambda: c.submit(abs, -1))
+
+
+@failure
+def a_future_is_scattered():
+    with local() as c:
+        return raised(c.scatter, [c.submit(abs, -1)])
+
+
+@failure
+def an_argument_is_large():
+    with local() as c, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        c.submit(len, bytes(11_000_000))
+    return f"{caught[0].category.__name__}: {caught[0].message}"
+
+
+@failure
+def a_result_cannot_be_pickled():
+    with local() as c:
+        return raised(c.submit(threading.Lock).result, 30)
+
+
+@failure
+def a_function_is_in_a_module_that_the_worker_does_not_have():
+    module = types.ModuleType("only_here")
+    exec("def function(): pass", vars(module))
+    with unittest.mock.patch.dict(sys.modules, only_here=module), Client(n_workers=1) as c:
+        return raised(c.submit(module.function).result, 30)
+
+
+@failure
+def a_task_imports_a_module_that_the_worker_does_not_have():
+    def task():
+        import no_such_module  # noqa: F401
+
+    with local() as c:
+        return raised(c.submit(task).result, 30)
+
+
+# ---- Waiting ----
+
+
+@failure
+def there_is_no_worker():
+    with local(n_workers=0) as c, log() as texts:
+        future = c.submit(abs, -1)
+        return texts.get(timeout=30) if not future.done() else None
+
+
+@failure
+def workers_names_nobody():
+    with local() as c, log() as texts:
+        future = c.submit(abs, -1, workers="alice")
+        return texts.get(timeout=30) if not future.done() else None
+
+
+@failure
+def data_is_scattered_and_there_is_no_worker():
+    with local(n_workers=0) as c:
+        return raised(c.scatter, [1, 2, 3], timeout=0.1)
+
+
+@failure
+def a_result_takes_longer_than_its_timeout():
+    with local() as c:
+        return raised(c.submit(time.sleep, 0.5).result, timeout=0.1)
+
+
+# ---- Event loops ----
+
+
+@failure
+def an_await_is_forgotten():
+    async def main():
+        async with local(asynchronous=True) as c:
+            c.submit(abs, -1).result()
+            gc.collect()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        asyncio.run(main())
+    return f"{caught[0].category.__name__}: {caught[0].message}"
+
+
+@failure
+def a_future_of_a_synchronous_client_is_awaited():
+    async def main():
+        return await future
+
+    with local() as c:
+        future = c.submit(abs, -1)
+        return raised(asyncio.run, main())
+
+
+@failure
+def an_asynchronous_client_is_not_awaited():
+    async def main():
+        return raised(local(asynchronous=True).submit, abs, -1)
+
+    return asyncio.run(main())
+
+
+@failure
+def with_is_written_for_async_with():
+    async def main():
+        with local(asynchronous=True):
+            pass
+
+    return raised(asyncio.run, main())
+
+
+# ---- What is gone ----
+
+
+def client_whose_scheduler_is_killed():
+    """A client that has noticed, with a future of before."""
+    with a_scheduler() as (p, address):
+        client = Client(address)
+        future = client.submit(abs, -1)
+        noticed = threading.Event()
+        future.add_done_callback(lambda _: noticed.set())
+        p.kill()
+        assert noticed.wait(30)
+    return client, future
+
+
+@failure
+def a_client_is_closed():
+    with local() as c:
+        pass
+    return raised(c.submit, abs, -1)
+
+
+@failure
+def a_client_is_closed_while_a_future_is_pending():
+    with local(n_workers=0) as c:
+        future = c.submit(abs, -1)
+    return raised(future.result)
+
+
+@failure
+def the_scheduler_is_killed():
+    client, _ = client_whose_scheduler_is_killed()
+    with client:
+        return raised(client.submit, abs, -1)
+
+
+@failure
+def the_scheduler_is_killed_while_a_future_is_pending():
+    client, future = client_whose_scheduler_is_killed()
+    with client:
+        return raised(future.result)
+
+
+@failure
+def a_workers_scheduler_is_killed():
+    with a_scheduler() as (s, address), process(SCRIPT, "worker", address) as p:
+        address_of(p)
+        s.kill()
+        return said_of(p)
+
+
+@failure
+def a_future_is_cancelled():
+    with local(n_workers=0) as c:
+        future = c.submit(abs, -1)
+        future.cancel()
+        return raised(future.result)
+
+
+@failure
+def a_task_ends_the_process_of_its_worker():
+    with Client(n_workers=1) as c:
+        return raised(c.submit(os._exit, 3).result, 30)
+
+
+@failure
+def the_only_worker_that_holds_scattered_data_is_killed():
+    with Client(n_workers=1) as c:
+        data = c.scatter(bytes(100_000))
+        (pid,) = c.run(os.getpid).values()
+        os.kill(pid, signal.SIGKILL)
+        return raised(data.result, 30)
+
+
+# ---- README's table ----
+
+
+def rows():
+    """{the first column of README's table: what it means, and what to do}"""
+    readme = (ROOT / "README.md").read_text()
+    table = readme.partition("\n## When something goes wrong\n")[2].partition("\n## ")[0]
+    lines = re.findall(r"^\| `(.*?)` \| (.*?) \| (.*?) \|$", table, re.M)
+    return {text: others for text, *others in lines}
+
+
+def says(row, text):
+    """Whether it is this row that README has for a text."""
+    parts = [re.escape(part) for part in row.split("...")]
+    return re.fullmatch(".*?".join(parts), text, re.S) is not None
+
+
+@pytest.mark.parametrize("provoke", FAILURES, ids=lambda provoke: provoke.__wrapped__.__name__)
+def test_what_is_seen_when(provoke):
+    text = provoke()
+    found = [row for row in rows() if says(row, text)]
+    assert len(found) == 1, f"README has {len(found)} rows for {text}"
+
+
+def test_each_row_of_the_table_was_seen():
+    seen = [provoke() for provoke in FAILURES]
+    assert [row for row in rows() if not any(says(row, text) for text in seen)] == []
+
+
+def test_each_row_says_what_it_means_and_what_to_do():
+    for row, others in rows().items():
+        assert all(len(other) > 10 for other in others), row
