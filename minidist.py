@@ -2137,6 +2137,8 @@ class Connection:
         try:
             for buffer in map(memoryview, buffers):
                 for start in range(0, len(buffer), CHUNK):
+                    if self.writer.is_closing():
+                        raise ConnectionResetError  # asyncio itself would break.
                     self.writer.write(buffer[start : start + CHUNK])
                     await asyncio.wait_for(self.writer.drain(), LIMITS["stall_seconds"])
         except OSError:
@@ -2150,18 +2152,25 @@ class Connection:
 
     def hang_up(self):
         """End it now; what has not been written is lost, and who reads it meets its end."""
-        if self.writer:
+        if self.writer and not self.writer.is_closing():
             self.writer.transport.abort()
 
-    async def close(self):
-        """Write what waits, then close."""
+    async def written(self):
+        """Wait until what waits is written, or cannot be any more."""
         while (self.outbox or self.writing) and not self.writer.is_closing():
             # If it is not being written, the flush is due in this turn of the loop or the next.
             await (self.writing or asyncio.sleep(0))
+
+    async def close(self):
+        """Write what waits, then close."""
+        await self.written()
         self.writer.close()
-        with contextlib.suppress(OSError):
+        try:
             await asyncio.wait_for(self.writer.wait_closed(), 1)
-        self.hang_up()
+        except TimeoutError:
+            self.writer.transport.abort()
+        except OSError:
+            pass  # The peer was first.
 
 
 # The handshake, before anything else: fixed sizes, and a time limit.  Both sides say hello, which
@@ -3497,6 +3506,7 @@ class Client(Threaded, Body):
         if self._scheduler is not None:
             await self._catch_up()
             self._end(RuntimeError, "this client is closed: make a new one")
+            await self._scheduler.written()  # Who listens hangs up when it is stopped.
             await self.stop()
             await self._scheduler.close()
         if self.cluster:
@@ -4406,7 +4416,9 @@ def parse(argv):
 
     Two options are not shown: with them minidist starts processes of its own.
     """
-    text = "Give the address that the scheduler prints to workers, and in Python to Client(address)."
+    text = (
+        "Give the address that the scheduler prints to workers, and in Python to Client(address)."
+    )
     about = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog="minidist", description=about, epilog=text)
     commands = parser.add_subparsers(dest="command", required=True)

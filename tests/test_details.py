@@ -814,3 +814,23 @@ def test_a_stream_that_ends_within_a_batch_is_incomplete(sent_batches, cut):
     stream = b"".join(pack(batches[0] if batches else []))
     with pytest.raises(asyncio.IncompleteReadError):
         read([stream[: cut % len(stream)]], sender)
+
+
+@pytest.mark.filterwarnings("ignore:a call of more than 10 MB")
+def test_a_client_sends_all_that_was_submitted_before_it_closes(scheduler, listener):
+    port = listener.getsockname()[1]
+    with process(SCRIPT, "worker", scheduler.address, "--nthreads", 1, PYTHONPATH=str(ROOT)) as w:
+        address_of(w)
+        with Client(scheduler.address) as c:
+            minidist.fire_and_forget(c.submit(call_home, port, bytes(40_000_000)))
+        home, _ = listener.accept()
+        with home:
+            assert int.from_bytes(home.recv(8), "big") == w.pid
+
+
+@pytest.mark.filterwarnings("ignore:a call of more than 10 MB")
+def test_a_client_can_be_closed_while_a_large_call_is_being_sent(capfd):
+    for _ in range(5):
+        with Client(processes=False) as c:
+            c.submit(len, bytes(11_000_000))
+    assert capfd.readouterr().err == ""
