@@ -15,7 +15,8 @@ not introduce a new idea (collections, plugins, spilling to disk), and what is n
 
 How to read it.  Part one decides, and is pure: three *minds* that change their tables and leave
 messages in an outbox.  Nothing there does I/O, knows the time, or waits; so a student can drive
-the scheduler by hand, and a test can run a whole cluster in one thread, in any order of events.
+the scheduler by hand, a test can run a whole cluster in one thread, in any order of events, and
+what a real scheduler was told can be recorded and replayed.
 Part two is how messages and objects travel.  Part three runs the minds: bodies that decide
 nothing.  A reader who wants to know how such a system works may stop after part one.
 
@@ -67,7 +68,7 @@ import types
 import warnings
 from collections import OrderedDict, deque, namedtuple
 from dataclasses import dataclass
-from itertools import accumulate, count, islice
+from itertools import accumulate, count, islice, zip_longest
 
 import cloudpickle
 
@@ -2547,7 +2548,6 @@ def type_name(obj):
 # one, where it can be tried without a network; what is left here is the loop, threads and sockets.
 
 logger = logging.getLogger("minidist")
-STIMULI = {op: "stimulus_" + op.replace("-", "_") for op in MESSAGES}
 
 
 class Body:
@@ -2634,9 +2634,13 @@ class Body:
 
     def take(self, peer, op, fields):
         """Give the mind one message; subclasses add what is not the mind's business."""
-        getattr(self.state, STIMULI[op])(peer, **fields)
+        self.stimulate(op, peer, **fields)
         if op == "worker-left" and fields["worker"] in self.links:
             self.links[fields["worker"]].hang_up()
+
+    def stimulate(self, op, *args, **fields):
+        """Tell the mind what came, or what else has happened."""
+        getattr(self.state, "stimulus_" + op.replace("-", "_"))(*args, **fields)
 
     def flush(self):
         """Send what the mind has in its outbox.
@@ -2713,7 +2717,7 @@ async def reach_scheduler(address, body, timeout):
         await asyncio.sleep(0.1)
 
 
-# ---- 7. Scheduler: the asyncio-stream server around its mind ----
+# ---- 7. Scheduler: the asyncio-stream server around its mind; recordings, replay ----
 #
 # One task for each peer reads its stream, and all of them call the same mind in the same loop: a
 # stimulus runs from its begin to its end without another in between, and needs no lock.  It is one
@@ -2727,9 +2731,9 @@ class Scheduler(Body):
     """Runs a SchedulerMind.
 
     ``host`` and ``port`` say where it listens; port 0 is any that is free.  A worker that gives no
-    sign of life for ``worker_ttl`` seconds is dead.  An ``async with`` starts and closes it.
-    ``address`` is what workers and clients connect to, ``state`` the mind.  Raises OSError if the
-    port is taken.
+    sign of life for ``worker_ttl`` seconds is dead.  ``record`` is a file for ``replay``.  An
+    ``async with`` starts and closes it.  ``address`` is what workers and clients connect to,
+    ``state`` the mind.  Raises OSError if the port is taken.
 
         async with Scheduler() as scheduler, Worker(scheduler.address):
             async with Client(scheduler.address, asynchronous=True) as client:
@@ -2738,11 +2742,17 @@ class Scheduler(Body):
 
     role_when_called = "scheduler"
 
-    def __init__(self, host="127.0.0.1", port=0, worker_ttl=30):
+    def __init__(self, host="127.0.0.1", port=0, worker_ttl=30, record=None):
         # Attempts are numbered from the time of day: higher in each life of a scheduler, so that
         # what a worker still sends to the one before can never be taken for an answer.
         ttl_us = int(seconds(worker_ttl) * 1_000_000)
-        super().__init__(SchedulerMind(first_attempt=time.time_ns() // 1000, ttl_us=ttl_us))
+        made_with = {"first_attempt": time.time_ns() // 1000, "ttl_us": ttl_us}
+        super().__init__(SchedulerMind(**made_with))
+        if folder := os.environ.get("MINIDIST_RECORD"):  # There every scheduler has a file.
+            record = record or os.path.join(folder, f"{unique()}.jsonl")
+        self.recording = open(record, "w") if record else None
+        if self.recording:
+            self.recording.write(json.dumps(made_with) + "\n")
         self.host, self.port, self.worker_ttl = host, port, seconds(worker_ttl)
         self.watched = {}  # {worker's name: its process, if we started it}
         self.ended = asyncio.Event()
@@ -2762,12 +2772,14 @@ class Scheduler(Body):
             # under way, TCP would reset the connection, and they might not read the good-bye.
             await asyncio.sleep(0.01)
         await self.stop()
+        if self.recording:
+            self.recording.close()
         self.ended.set()
 
     async def tell_time(self):
         """The mind has no clock; it is told the time often enough to miss who is silent."""
         while True:
-            self.state.stimulus_time_passes(time.monotonic_ns() // 1000)
+            self.stimulate("time-passes", time.monotonic_ns() // 1000)
             self.flush()
             await asyncio.sleep(self.worker_ttl / 4)
 
@@ -2794,7 +2806,7 @@ class Scheduler(Body):
                     process.kill()  # It was silent for too long.
         finally:
             how = [f"{text} at {time.strftime('%H:%M:%S')}" for text in how]
-            getattr(self.state, f"stimulus_{connection.peer}_left")(peer, *how)
+            self.stimulate(f"{connection.peer}-left", peer, *how)
             self.flush()
 
     def take(self, peer, op, fields):
@@ -2809,12 +2821,72 @@ class Scheduler(Body):
         if op == "shutdown":
             self.ended.set()
 
+    def stimulate(self, op, *args, **fields):
+        """All that this mind is told goes through here; each time is one line of the recording."""
+        if not self.recording:
+            return super().stimulate(op, *args, **fields)
+        # What earlier stimuli have left is put aside: a line has the messages of its own.
+        outbox, self.state.outbox = self.state.outbox, []
+        try:
+            super().stimulate(op, *args, **fields)
+        finally:
+            line = RECORDED.encode([op, args, fields, self.state.outbox])
+            self.recording.write(line + "\n")
+            outbox += self.state.outbox
+            self.state.outbox = outbox
+
     def flush(self):
         """Send, and log who came and went; not at the end, when all do."""
+        if self.recording:
+            self.recording.flush()  # Before anybody hears of it: so however this process ends.
         super().flush()
         for text in self.state.news if self.server.is_serving() else ():
             logger.info("%s", text)
         self.state.news.clear()
+
+
+def digest(frame):
+    """What a recording has in a frame's place: it differs where frames do."""
+    return f"{len(frame)} bytes, sha256 {hashlib.sha256(frame).hexdigest()}"
+
+
+RECORDED = json.JSONEncoder(default=digest, separators=(",", ":"), check_circular=False)
+
+
+def replay(path, validate=True):
+    """Run what a scheduler has recorded through a fresh mind.
+
+    After each stimulus, yields the number and the text of its line, and the mind.  Raises
+    ValueError at a line that is none, whose messages are others now, or after which an invariant
+    does not hold (unless ``validate`` is false: checking them takes long).
+    """
+    body = None
+    with open(path, errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return  # It was being written when the scheduler was killed.
+            try:
+                if body is None:
+                    body = Body(SchedulerMind(**json.loads(line)))
+                    continue
+                op, args, fields, recorded = json.loads(line)
+                for name, value in fields.items():
+                    # Where there were frames, their digests will do: no mind looks into them.
+                    frames = FIELDS[name] is to_frames
+                    fields[name] = tuple(value) if frames else convert(FIELDS[name], value, ())
+                body.state.outbox = []
+                with contextlib.suppress(Exception):  # Whoever had sent that was dropped.
+                    body.stimulate(op, *args, **fields)
+                for now, then in zip_longest(body.state.outbox, recorded):
+                    if RECORDED.encode(now) != RECORDED.encode(then):
+                        raise ValueError(f"it says {now}, and it is recorded that it said {then}")
+                if validate:
+                    body.state.validate()
+            except (ValueError, TypeError, LookupError, AssertionError) as error:
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                told = place.line if isinstance(error, AssertionError) else type(error).__name__
+                raise ValueError(f"{path}, line {number}: {told}: {error}") from error
+            yield number, line, body.state
 
 
 # ---- 8. Worker: executor threads, peer-to-peer transfers ----
@@ -4430,6 +4502,17 @@ def parse(argv):
     scheduler.add_argument("--port", type=int, help=text)
     text = "seconds after which a silent worker is dead (30)"
     scheduler.add_argument("--worker-ttl", type=float, default=30, metavar="SECONDS", help=text)
+    text = "record all that it is told and says, for replay"
+    scheduler.add_argument("--record", metavar="FILE", help=text)
+    again = commands.add_parser("replay", help="run what a scheduler has recorded once more")
+    again.set_defaults(run=run_replay)
+    again.add_argument("file", metavar="FILE", help="the recording")
+    text = "print what changes a task (a tuple is written as in JSON)"
+    again.add_argument("--key", type=parse_key, help=text)
+    text = "stop after this line, and print the state there"
+    again.add_argument("--until", type=int, metavar="LINE", help=text)
+    text = "do not check every invariant after every line"
+    again.add_argument("--quick", action="store_true", help=text)
     worker = commands.add_parser("worker", help="start a worker")
     worker.set_defaults(run=run_worker)
     worker.add_argument("address", metavar="IP:PORT", help="the scheduler's address")
@@ -4453,8 +4536,12 @@ def parse(argv):
     return options
 
 
+def parse_key(text):
+    return to_key(json.loads(text)) if text.startswith("[") else text
+
+
 def main(argv=None):
-    """The command line: ``minidist scheduler`` and ``minidist worker IP:PORT``; the exit code."""
+    """The command line: ``minidist scheduler``, ``worker IP:PORT``, ``replay FILE``; the exit code."""
     options = parse(argv)
     level = options.log_level.upper()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
@@ -4490,7 +4577,8 @@ async def run_scheduler(options):
     ports = range(DEFAULT_PORT, DEFAULT_PORT + 100) if options.port is None else [options.port]
     for port in ports:
         try:
-            scheduler = await Scheduler(options.host, port, options.worker_ttl).__aenter__()
+            scheduler = Scheduler(options.host, port, options.worker_ttl, options.record)
+            await scheduler.__aenter__()
             break
         except OSError:
             if port == ports[-1]:
@@ -4501,6 +4589,38 @@ async def run_scheduler(options):
         await scheduler.ended.wait()
     finally:
         await scheduler.close()
+
+
+async def run_replay(options):
+    number, before = 1, {}
+    for number, line, mind in replay(options.file, validate=not options.quick):
+        now = facts(mind.tasks[options.key]) if options.key in mind.tasks else {}
+        if now != before:
+            print(f"line {number}: {line.strip():.1000}")
+            for field in [f for f in {**before, **now} if before.get(f) != now.get(f)]:
+                print(f"    {field}: {before.get(field)} -> {now.get(field)}")
+        before = now
+        if number == options.until:
+            for record in (*mind.tasks.values(), *mind.workers.values(), *mind.clients.values()):
+                print(type(record).__name__, facts(record))
+            break
+        await asyncio.sleep(0)  # Ctrl-C is heard.
+    checked = "" if options.quick else ", and every invariant holds"
+    print(f"{number} lines: the messages are those that were recorded{checked}")
+
+
+def facts(record):
+    """The fields of a record that are set, with names in the places of other records."""
+
+    def brief(value):
+        if isinstance(value, dict):
+            return {brief(key): brief(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return tuple(map(brief, value))
+        return getattr(value, "key", getattr(value, "id", value))
+
+    fields = ((name, getattr(record, name)) for name in record.__slots__)
+    return {name: brief(value) for name, value in fields if value}
 
 
 async def run_worker(options):

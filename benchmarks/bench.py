@@ -1,15 +1,18 @@
-"""Time per task, beside concurrent.futures in the same run; and of the minds alone.
+"""Time per task, beside concurrent.futures in the same run; what recording costs; the minds alone.
 
-    python benchmarks/bench.py [cluster] [minds]
+    python benchmarks/bench.py [cluster] [recording] [minds]
 
-Times on a shared machine vary by half from one minute to the next, so the two systems take turns,
-the median of the rounds is given, and the ratio says more than the microseconds.
+Times on a shared machine vary by half from one minute to the next, so what is compared takes
+turns, the median of the rounds is given, and the ratio says more than the microseconds.
 """
 
+import contextlib
+import functools
 import gc
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from itertools import count
@@ -35,11 +38,24 @@ def time_us(work, repeats):
 # ---- The cluster ----
 
 
-def start_cluster():
-    """A scheduler and two workers of one thread, as processes: (processes, address)."""
+@contextlib.contextmanager
+def cluster(*options):
+    """A scheduler and two workers of one thread, as processes: a client of theirs."""
+    processes, address = start_cluster(*options)
+    try:
+        with Client(address) as client:
+            client.wait_for_workers(2)
+            yield client
+    finally:
+        for process in reversed(processes):  # Workers first: they complain about a lost one.
+            process.terminate()
+            process.wait()
+
+
+def start_cluster(*options):
     command = [sys.executable, str(MINIDIST)]
     scheduler = subprocess.Popen(
-        [*command, "scheduler", "--port", "0"], stdout=subprocess.PIPE, text=True
+        [*command, "scheduler", "--port", "0", *options], stdout=subprocess.PIPE, text=True
     )
     for line in scheduler.stdout:
         if match := re.search(r"tcp://\S+:\d+", line):
@@ -53,22 +69,21 @@ def bench_cluster():
     # The pool forks its processes now, before the client has a thread that a fork would lose.
     with ProcessPoolExecutor(2) as pool:
         list(pool.map(noop, range(100)))
-        processes, address = start_cluster()
-        try:
-            with Client(address) as client:
-                compare(client, pool)
-        finally:
-            for process in reversed(processes):  # Workers first: they complain about a lost one.
-                process.terminate()
-                process.wait()
+        with cluster() as client:
+            compare(client, pool)
+
+
+# Arguments that never come again: a pure call with a known key would not run a second time.
+numbers = count()
+
+
+def map_and_gather(client):
+    client.gather(client.map(noop, [next(numbers) for _ in range(TASKS)]))
 
 
 def compare(client, pool):
-    # Arguments that never come again: a pure call with a known key would not run a second time.
-    numbers = count()
-
     def map_minidist():
-        client.gather(client.map(noop, [next(numbers) for _ in range(TASKS)]))
+        map_and_gather(client)
 
     def map_pool():
         for future in [pool.submit(noop, next(numbers)) for _ in range(TASKS)]:
@@ -88,8 +103,16 @@ def compare(client, pool):
     report("submit(...).result(), a round trip", trips_minidist, trips_pool, TRIPS)
 
 
-def report(name, minidist, pool, repeats):
-    rounds = [(time_us(minidist, repeats), time_us(pool, repeats)) for _ in range(ROUNDS)]
+def bench_recording():
+    with tempfile.NamedTemporaryFile() as file, cluster("--record", file.name) as recorded:
+        with cluster() as plain:
+            print(f"{'':38}{'recorded':>10}{'not':>12}{'ratio':>8}")
+            works = [functools.partial(map_and_gather, client) for client in (recorded, plain)]
+            report(f"map + gather of {TASKS:,}, per task", *works, TASKS)
+
+
+def report(name, this, that, repeats):
+    rounds = [(time_us(this, repeats), time_us(that, repeats)) for _ in range(ROUNDS)]
     ours, theirs = (median(times) for times in zip(*rounds, strict=True))
     print(f"{name:38}{ours:7,.0f} us{theirs:9,.0f} us{ours / theirs:8.2f}", flush=True)
 
@@ -184,7 +207,7 @@ def bench_minds():
 
 
 if __name__ == "__main__":
-    benches = {"cluster": bench_cluster, "minds": bench_minds}
+    benches = {"cluster": bench_cluster, "recording": bench_recording, "minds": bench_minds}
     if not set(sys.argv[1:]) <= set(benches):
         sys.exit(__doc__.strip())
     for name in sys.argv[1:] or benches:
