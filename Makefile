@@ -18,6 +18,10 @@ demo: $(VENV)/installed  ## every call in ten lessons; then a real program, whil
 test: $(VENV)/installed  ## run the tests (PYTHON=python3.12: with that Python)
 	$(BIN)/python -m pytest
 
+cover: $(VENV)/installed  ## branch coverage of the three minds, by the pure tests alone
+	$(BIN)/coverage run --data-file=$(VENV)/coverage -m pytest -m pure
+	$(BIN)/coverage report --data-file=$(VENV)/coverage
+
 bench: $(VENV)/installed  ## time per task, beside concurrent.futures
 	$(BIN)/python benchmarks/bench.py
 
@@ -33,4 +37,4 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test cover bench lint clean

@@ -8,6 +8,21 @@ import pytest
 import minidist
 
 
+def pytest_collection_modifyitems(items):
+    """Mark as ``pure`` what drives the minds by hand or by chance, without any body.
+
+    That is the textbook up to its chapter 5, as in the source, and ``tests/test_minds.py``.
+    """
+    for item in items:
+        path, line, _ = item.reportinfo()
+        text = Path(path).read_text()
+        if path.name == "test_minds.py" or (
+            path.name == "test_minidist.py"
+            and line < text[: text.index("\n# ---- 5. ")].count("\n")
+        ):
+            item.add_marker("pure")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def recordings():
     """Every scheduler records, in this process and in others; then each recording is replayed.

@@ -1,7 +1,7 @@
 """Transcripts of the scheduler's mind for which the textbook has no room: one for each mechanism."""
 
-from minidist import ALLOWED_FAILURES, SCHEDULER, ClientMind, WorkerMind
-from test_minidist import Scheduler, sent
+from minidist import ALLOWED_FAILURES, LIMITS, SCHEDULER, ClientMind, WorkerMind
+from test_minidist import Scheduler, sent, travel
 
 
 def told(s, peer, op):
@@ -30,6 +30,16 @@ def test_data_is_in_memory_when_its_worker_says_so():
     s.stimulus_add_keys("w", [("d", attempt)])
     (news,) = told(s, "c", "key-in-memory")
     assert (news["holders"], news["nbytes"], s.states()) == (["w"], 8, {"d": "memory"})
+
+
+def test_data_under_the_key_of_a_call_is_that_calls_result():
+    s = Scheduler("w", clients="ce")
+    s.submit("d", client="e")
+    sent(s)
+    s.stimulus_scatter("c", "d", 1, 8, "int", [], False)
+    assert "'d' is known as a call" in told(s, "c", "warning")[0]["text"]
+    s.finish("d")
+    assert told(s, "c", "key-in-memory") and s.tasks["d"].run_spec
 
 
 def test_data_that_could_not_be_put_goes_elsewhere_but_not_for_ever():
@@ -125,6 +135,23 @@ def test_a_client_that_cannot_reach_the_only_copy_is_told_so_when_its_holder_is_
     assert erred["text"] == "'d' could not be fetched from w"
 
 
+def test_what_could_not_be_fetched_is_told_as_soon_as_there_is_a_copy_elsewhere():
+    s = Scheduler("w", clients="ce")
+    _, attempt = scattered(s)
+    s.stimulus_fetch_missed("c", "d", 1, attempt, ["w"])
+    s.stimulus_register_worker("v", "v", 1, [], [])
+    sent(s)
+    s.stimulus_heartbeat("v")
+    assert sent(s) == [], "of the holder it says nothing"
+    s.stimulus_scatter("e", "d", 1, 8, "int", [], True)
+    (copy,) = told(s, "v", "compute-task")
+    s.stimulus_add_keys("v", [("d", attempt)])
+    s.stimulus_task_returned("v", copy["attempt"], [])
+    assert [f["holders"] for f in told(s, "c", "key-in-memory")] == [["w", "v"]]
+    s.stimulus_heartbeat("w")
+    assert sent(s) == []
+
+
 def test_a_cancel_takes_dependents_along_and_leaves_alone_what_another_client_wants():
     s = Scheduler("w", clients="ce")
     s.submit("x")
@@ -188,6 +215,31 @@ def test_workers_are_called_by_name_address_and_host():
         assert s.tasks["x"].processing_on.name == "n"
 
 
+def test_few_holders_are_weighed_however_many_there_are():
+    s = Scheduler("idle", *"abcdefgh", "far")
+    assert len("abcdefgh") == LIMITS["holders"]
+    s.submit("common", workers=["name of a"])
+    s.submit("large", workers=["name of far"])
+    _, attempt = s.finish("common", nbytes=1_000_000)
+    for worker in "bcdefgh":
+        s.stimulus_add_keys(worker, [("common", attempt)])
+    s.finish("large", nbytes=1_000_000_000)
+    s.submit("x", "common", "large")
+    assert s.tasks["x"].processing_on.id != "far", "there have been enough before it"
+    s.submit("y", "large", "common")
+    assert s.tasks["y"].processing_on.id == "far"
+
+
+def test_functions_that_were_measured_long_ago_are_forgotten_when_there_are_too_many():
+    s = Scheduler("w")
+    for n in range(LIMITS["known_durations"] + 1):
+        s.submit("x", want=n, name=f"f{n}")
+        s.stimulus_task_finished("w", s.tasks["x"].attempt, 8, "int", 10, ())
+        s.release("x", want=n)
+    assert len(s.durations) == LIMITS["known_durations"]
+    assert "f0" not in s.durations and "f1" in s.durations
+
+
 def test_a_worker_that_joins_steals_what_waits_for_another():
     s = Scheduler("w")
     s.submit("big")
@@ -223,6 +275,14 @@ def test_a_worker_that_gave_back_what_came_late_gets_one_task_a_thread_until_one
     assert len(s.workers["w"].processing) == 1
     s.finish("x0", duration_us=10)
     assert len(s.workers["w"].processing) > 1
+
+
+def test_a_worker_that_says_twice_that_it_holds_a_value_holds_it_once():
+    s = Scheduler("w")
+    s.submit("x")
+    _, attempt = s.finish("x", nbytes=8)
+    s.stimulus_add_keys("w", [("x", attempt)])
+    assert s.states() == {"x": "memory"} and s.workers["w"].nbytes == 8
 
 
 def test_what_was_on_a_worker_that_died_runs_alone_and_only_who_was_alone_is_blamed():
@@ -273,6 +333,18 @@ def test_a_worker_that_leaves_goes_when_what_only_it_has_is_elsewhere():
     assert not s.tasks["running"].suspect, "a good-bye blames nobody"
 
 
+def test_what_a_leaving_worker_has_is_not_copied_twice():
+    s = Scheduler("v", "w")
+    holder, attempt = scattered(s, broadcast=True)
+    (other,) = {"v", "w"} - {holder}
+    (copy,) = told(s, other, "compute-task")
+    s.stimulus_leave(holder)
+    assert sent(s) == [], "it waits for the copy that is under way"
+    s.stimulus_add_keys(other, [("d", attempt)])
+    s.stimulus_task_returned(other, copy["attempt"], [])
+    assert told(s, holder, "goodbye") and s.states() == {"d": "memory"}
+
+
 def test_silent_workers_are_dead_and_nothing_is_sent_from_one_to_the_next():
     s = Scheduler("v", "w")
     s.submit("x")
@@ -305,10 +377,28 @@ def test_who_looks_inside_gets_rows_of_facts():
         ("nbytes", [(("x", 1), 5)]),
         ("has_what", [("w", [("x", 1)])]),
         ("processing", [("w", [])]),
+        ("workers", [("w", dict(id="w", name="name of w", nthreads=1, nbytes=5))]),
     ]:
         sent(s)
         s.stimulus_query("c", 1, what, [])
         assert told(s, "c", "answer") == [{"number": 1, "facts": rows}]
+    s.stimulus_query("c", 2, "story", [("x", 1)])
+    (story,) = told(s, "c", "answer")
+    ends = [row[1:3] for _, row in story["facts"]]
+    assert ends == [("released", "waiting"), ("waiting", "queued"), ("queued", "processing")] + [
+        ("processing", "memory")
+    ]
+
+
+def test_an_answer_travels_as_it_is():
+    answer = dict(op="answer", number=1, facts=[["tcp://1.2.3.4:5", {"nthreads": 2}]])
+    assert travel(dict(answer), "scheduler") == answer
+
+
+def test_a_shutdown_says_good_bye_to_every_worker():
+    s = Scheduler("v", "w")
+    s.stimulus_shutdown("c")
+    assert [(peer, op) for peer, op, _ in sent(s)] == [("v", "goodbye"), ("w", "goodbye")]
 
 
 # ---- The client's and the worker's mind ----
