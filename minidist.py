@@ -652,9 +652,12 @@ class ClientMind(FetchingMind):
         super().validate()
         for key, state in self.futures.items():
             # C1. What is wanted has a live Future object, and is not cancelled.
-            assert state.key == key and state.count > 0 and state.status != "cancelled", state
+            assert state.key == key and state.count > 0 and 0 < state.want <= self.wants, state
+            assert state.status in ("pending", "finished", "error"), state
             # C2. A value belongs to a finished state, an exception to one that erred.
             assert state.status == "finished" or not state.value, state
+            assert state.status != "finished" or state.attempt, state
+            assert state.status != "error" or state.exception or state.text, state
             assert state.status == "error" or not state.exception, state
             assert state.status == "pending" or not (state.data or state.put), state
             # C3. What somebody waits for is on its way exactly when it exists and is not here.
@@ -1696,9 +1699,14 @@ class SchedulerMind(Mind):
         queues = [self.queue, *(ws.queue for ws in workers)]
         assert all(ts.queue is queue for queue in queues for ts in queue)
         assert sum(map(len, queues)) == sum(ts.queue is not None for ts in tasks)
+        assert all({*queue} <= {ts for _, ts in queue.heap} for queue in queues)
+        assert [queue.worker for queue in queues] == [None, *workers]
         assert set(self.unrunnable) == {ts for ts in tasks if ts.state == "no-worker"}
         assert set(self.crowded) == {ws for ws in workers if ws.queue}
+        assert sum(map(len, self.by_load)) == len(workers)
         assert all(self.tasks[ts.key] is ts for ts in tasks)
+        assert all(self.workers[ws.id] is ws for ws in workers)
+        assert all(self.clients[cs.id] is cs for cs in self.clients.values())
         called = {(alias, ws) for alias, some in self.called.items() for ws in some}
         staying = [ws for ws in workers if ws.leaving is None]
         assert called == {(alias, ws) for ws in staying for alias in ws.aliases()}
@@ -1716,6 +1724,7 @@ class SchedulerMind(Mind):
         assert (ts.processing_on is not None) == (ts.state == "processing"), ts
         assert bool(ts.who_has) == (ts.state == "memory"), ts
         assert bool(ts.error) == (ts.state == "erred"), ts
+        assert not ts.estimate_us or (ts.queue and ts.queue.worker), ts
         assert bool(ts.attempt) == (ts.state in ("processing", "memory")) and not ts.value, ts
         assert ts.state == "memory" or not (ts.copying or ts.stuck), ts
         # T2. What nobody needs is not kept; what somebody needs is not left undone.
@@ -1729,6 +1738,7 @@ class SchedulerMind(Mind):
             ws = ts.processing_on
             here = ws.processing[ts.attempt][0] if ts.run_spec else ws.arriving[ts.attempt]
             assert here is ts and self.workers[ws.id] is ws, ts
+            assert (ts.run_spec or ts.givers) and ts.suspect == (ws.alone == ts.attempt), ts
         assert all(ws.arriving[attempt] is ts for attempt, ws in dict(ts.copying).items()), ts
         assert ts.queue is None or ts.queue.worker or not ts.dependencies, ts
         for dependency in ts.dependencies:
@@ -1753,7 +1763,8 @@ class SchedulerMind(Mind):
         assert [ws in group for group in self.by_load] == [i == ws.load for i in range(5)], ws
         # W2. What arrives is a put or a copy; what is handed over is here, and being copied.
         for attempt, ts in ws.arriving.items():
-            assert attempt in ts.copying or (ts.attempt == attempt and ts.processing_on is ws), ws
+            put = ts.attempt == attempt and ts.processing_on is ws
+            assert put or dict(ts.copying).get(attempt) is ws, ws
         assert all(ts in ws.has_what and ts.copying for ts in ws.leaving or ()), ws
         # W3. No thread is idle while something waits for it, but for a suspect to run alone.
         # (Room for a further, short one may go unnoticed for a while, when it is another worker
@@ -1977,12 +1988,14 @@ class WorkerMind(FetchingMind):
             # A1. What an attempt is follows from what it has.
             assert attempt.number == number and attempt.state == self.goal(attempt), attempt
             assert (attempt in self.ready) == (attempt.state == "ready"), attempt
+            assert bool(attempt.waiting_for) == (attempt.state == "waiting"), attempt
             if attempt.state != "executing":
                 # A2. It waits for exactly the inputs that are not here, and those are fetched.
                 missing = {name for name in attempt.inputs if name not in self.data}
                 assert set(attempt.waiting_for) == missing <= set(self.wanted), attempt
                 for name in attempt.inputs:
                     needed.setdefault(name, {})[attempt] = None
+        assert {*self.ready} <= {attempt for _, attempt in self.ready.heap}
         # A3. needed_by is the transpose of inputs, for those that have not started.
         assert needed == self.needed_by
         # A4. Nothing is fetched that nobody needs, or that is here.
