@@ -22,6 +22,9 @@ cover: $(VENV)/installed  ## branch coverage of the three minds, by the pure tes
 	$(BIN)/coverage run --data-file=$(VENV)/coverage -m pytest -m pure
 	$(BIN)/coverage report --data-file=$(VENV)/coverage
 
+mutants: $(VENV)/installed  ## change lines of the minds, and see whether the pure tests notice
+	$(BIN)/python tests/mutants.py
+
 bench: $(VENV)/installed  ## time per task, beside concurrent.futures
 	$(BIN)/python benchmarks/bench.py
 
@@ -37,4 +40,4 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 
-.PHONY: help demo test cover bench lint clean
+.PHONY: help demo test cover mutants bench lint clean

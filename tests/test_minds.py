@@ -264,6 +264,29 @@ def test_tiny_tasks_stay_where_their_large_input_is():
     assert s.computing() == []
 
 
+def test_a_long_task_takes_the_room_of_its_thread():
+    s = Scheduler("w", nthreads=2).measured("f", duration_us=10)
+    s.submit("long")
+    for n in range(500):
+        s.submit(f"x{n}", name="f")
+    assert 100 <= len(s.workers["w"].processing) - 1 <= 102
+
+
+def test_one_further_task_a_thread_is_sent_early_if_its_inputs_have_to_be_fetched():
+    s = Scheduler("v", "w")
+    s.submit("x", workers=["name of v"])
+    s.finish("x")
+    for n in range(4):
+        s.submit(f"y{n}", "x", workers=["name of w"])
+    assert [ts.key for ts, _ in s.workers["w"].processing.values()] == ["y0", "y1"]
+    s = Scheduler("w")
+    s.submit("here")
+    s.finish("here")
+    for n in range(4):
+        s.submit(f"y{n}", "here")
+    assert [ts.key for ts, _ in s.workers["w"].processing.values()] == ["y0"]
+
+
 def test_a_worker_that_gave_back_what_came_late_gets_one_task_a_thread_until_one_has_ended():
     s = Scheduler("w").measured("f", duration_us=10)
     for n in range(30):
