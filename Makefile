@@ -22,6 +22,9 @@ cover: $(VENV)/installed  ## branch coverage of the three minds, by the pure tes
 	$(BIN)/coverage run --data-file=$(VENV)/coverage -m pytest -m pure
 	$(BIN)/coverage report --data-file=$(VENV)/coverage
 
+soak: $(VENV)/installed  ## the simulation fifty times, beside ten minutes of faults on real processes
+	$(BIN)/python tests/soak.py
+
 mutants: $(VENV)/installed  ## change lines of the minds, and see whether the pure tests notice
 	$(BIN)/python tests/mutants.py
 
@@ -40,4 +43,4 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 
-.PHONY: help demo test cover mutants bench lint clean
+.PHONY: help demo test soak cover mutants bench lint clean
