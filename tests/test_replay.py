@@ -27,6 +27,8 @@ def recording(tmp_path_factory):
         listener.settimeout(30)
         with process(SCRIPT, "scheduler", "--port", 0, "--record", path) as scheduler:
             eventful_run(address_of(scheduler), listener)
+            scheduler.terminate()
+            scheduler.wait(30)
     return path
 
 
@@ -222,5 +224,7 @@ def test_every_scheduler_of_the_tests_records(recordings):
     before = {*recordings.iterdir()}
     with process(SCRIPT, "scheduler", "--port", 0) as p:
         address_of(p)
+        p.terminate()
+        p.wait(30)
         (mine,) = {*recordings.iterdir()} - before
         assert json.loads(mine.read_text().splitlines()[0])["ttl_us"] == 30_000_000
