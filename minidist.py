@@ -2764,8 +2764,7 @@ class Scheduler(Body):
         if folder := os.environ.get("MINIDIST_RECORD"):  # There every scheduler has a file.
             record = record or os.path.join(folder, f"{unique()}.jsonl")
         self.recording = open(record, "w") if record else None
-        if self.recording:
-            self.recording.write(json.dumps(made_with) + "\n")
+        self.recorded = [json.dumps(made_with)]  # lines that are still to be written
         self.host, self.port, self.worker_ttl = host, port, seconds(worker_ttl)
         self.watched = {}  # {worker's name: its process, if we started it}
         self.ended = asyncio.Event()
@@ -2843,8 +2842,7 @@ class Scheduler(Body):
         try:
             super().stimulate(op, *args, **fields)
         finally:
-            line = RECORDED.encode([op, args, fields, self.state.outbox])
-            self.recording.write(line + "\n")
+            self.recorded.append(RECORDED.encode([op, args, fields, self.state.outbox]))
             outbox += self.state.outbox
             self.state.outbox = outbox
 
@@ -2852,6 +2850,16 @@ class Scheduler(Body):
         """Send, and log who came and went; not at the end, when all do."""
         if self.recording:
             self.recording.flush()  # Before anybody hears of it: so however this process ends.
+        """What this process has said to anybody is in the recording, however it ends."""
+        if self.recording and self.recorded:
+            try:
+                print(*self.recorded, sep="\n", file=self.recording, flush=True)
+            except OSError as error:
+                logger.error("Nothing is recorded any more: %s", error)
+                with contextlib.suppress(OSError):
+                    self.recording.close()
+                self.recording = None
+            self.recorded.clear()
         super().flush()
         for text in self.state.news if self.server.is_serving() else ():
             logger.info("%s", text)
@@ -4628,8 +4636,6 @@ def facts(record):
     def brief(value):
         if isinstance(value, dict):
             return {brief(key): brief(item) for key, item in value.items()}
-        if isinstance(value, tuple):
-            return tuple(map(brief, value))
         return getattr(value, "key", getattr(value, "id", value))
 
     fields = ((name, getattr(record, name)) for name in record.__slots__)

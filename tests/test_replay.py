@@ -219,6 +219,17 @@ def test_a_scheduler_in_a_program_records_too(tmp_path, recordings):
     assert {*recordings.iterdir()} == before, "a file of its own goes before MINIDIST_RECORD"
 
 
+def test_a_disk_that_is_full_ends_the_recording_and_nothing_else(caplog):
+    async def main():
+        async with minidist.Scheduler(record="/dev/full") as s, Worker(s.address, 1):
+            async with Client(s.address, asynchronous=True) as c:
+                assert await c.submit(abs, -1) == 1
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    (told,) = [r.getMessage() for r in caplog.records if "recorded" in r.getMessage()]
+    assert "No space left" in told
+
+
 def test_every_scheduler_of_the_tests_records(recordings):
     """``conftest.py`` replays what is in that folder."""
     before = {*recordings.iterdir()}
