@@ -76,6 +76,7 @@ def test_a_broadcast_is_over_when_each_worker_has_it_or_is_gone():
     s.stimulus_add_keys(worker, [("d", attempt)])
     said = sent(s)
     copies = [(peer, f["attempt"]) for peer, op, f in said if op == "compute-task"]
+    assert {f["order"] for _, op, f in said if op == "compute-task"} == {(0, 1)}
     assert [peer for peer, _ in copies] == others and not [op for _, op, _ in said if "key" in op]
     s.stimulus_add_keys(others[0], [("d", attempt)])
     s.stimulus_task_returned(others[0], copies[0][1], [])
@@ -262,6 +263,17 @@ def test_tiny_tasks_stay_where_their_large_input_is():
     sent(s)
     s.stimulus_register_worker("v", "v", 1, [], [])
     assert s.computing() == []
+
+
+def test_a_queue_remembers_few_of_those_that_were_taken_out_of_it():
+    s = Scheduler()
+    for n in range(100):
+        s.submit(f"x{n}", priority=-n)
+    s.stimulus_register_worker("w", "w", 1, [], [])
+    for n in range(99, 0, -1):
+        s.release(f"x{n}")
+        assert len(s.queue.heap) <= 2 * len(s.queue) + 16
+    assert s.states() == {"x0": "processing"}
 
 
 def test_a_long_task_takes_the_room_of_its_thread():
