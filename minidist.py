@@ -2848,10 +2848,8 @@ class Scheduler(Body):
 
     def flush(self):
         """Send, and log who came and went; not at the end, when all do."""
-        if self.recording:
-            self.recording.flush()  # Before anybody hears of it: so however this process ends.
-        """What this process has said to anybody is in the recording, however it ends."""
         if self.recording and self.recorded:
+            # First: what this process has said to anybody is there, however it ends.
             try:
                 print(*self.recorded, sep="\n", file=self.recording, flush=True)
             except OSError as error:

@@ -1230,7 +1230,7 @@ def no_live_future_is_cancelled(cluster):
     Or what it is made from was cancelled; and its message says which it was.
     """
     for client, state in cluster.news:
-        if state.status == "cancelled":
+        if state.status == "cancelled" and state in cluster.held.get(client, ()):
             assert not state.value, state
             lineage = cluster.lineage(state.key)
             by_user = any({(client, k), ("anybody", k)} & cluster.cancelled for k in lineage)
@@ -1523,7 +1523,7 @@ SchedulerMind.account | self.changed[ws] = None | pass | the_books_balance
 WorkerMind.arrived | self.mark(attempt) | pass | the_books_balance
 # A result is released too early, ...
 SchedulerMind.goal | if not (ts.who_wants or ts.waiters): | if not ts.who_wants: | the_books_balance
-ClientMind.stimulus_release | if not state.count and | if | liveness
+ClientMind.stimulus_release | if not state.count and | if | no_live_future_is_cancelled
 SchedulerMind.settle | self.hand_over(ws) | pass | no_early_free
 # ... or never.
 SchedulerMind.leave_memory | self.send_name(ws.id, "free-keys", (ts.key, ts.attempt)) | pass | agreement
@@ -1532,7 +1532,7 @@ SchedulerMind.stimulus_client_left | self.let_go(cs, ts) | pass | the_books_bala
 SchedulerMind.let_go | self.end_arrival(ts, ts.attempt) | pass | liveness
 # A reference is counted twice, or not at all.
 ClientMind.known | state.count += 1 | state.count += 2 | quiescence
-ClientMind.known | state.count += 1 | pass | liveness
+ClientMind.known | state.count += 1 | pass | no_live_future_is_cancelled
 # The two sides of a relation part; a counter cannot be recounted.
 SchedulerMind.add_replica | link(ts, "who_has", ws, "has_what") | ts.who_has = {ws: None} | the_books_balance
 SchedulerMind.remove_replica | ws.nbytes -= ts.nbytes | pass | the_books_balance

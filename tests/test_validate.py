@@ -195,7 +195,8 @@ def changes_of_a_table(table, others):
 
 NEITHER = {  # {reason: fields}
     "it waits to be sent, or to be read": """
-        SchedulerMind.outbox ClientMind.outbox WorkerMind.outbox ClientMind.news""",
+        SchedulerMind.outbox ClientMind.outbox WorkerMind.outbox ClientMind.news
+        SchedulerMind.news""",
     "it tells what has happened, which leaves no trace elsewhere": """
         SchedulerMind.story ClientMind.story WorkerMind.story SchedulerMind.durations
         SchedulerMind.departed SchedulerMind.complaints TaskState.misses TaskState.deaths
