@@ -6,12 +6,13 @@ Each test's name is one claim.  The chapters follow those of ``minidist.py``.
     2     Client mind: a transcript for each claim
     3     Scheduler mind: transcripts
     4     Worker mind: transcripts
-          The simulated cluster: the three minds together, in any order of events, with faults;
-          planted bugs, which it must find
+          The simulated cluster: the three minds together, in any order of events, with faults:
+          the cluster, the properties, the two drivers, planted bugs, one story in full
     5     Wire
     6     Serialization
     7-9   The API on a live cluster
     12    Command line and processes
+          Faults on real sockets and processes
 """
 
 import ast
