@@ -206,13 +206,13 @@ def convert(kind, value, frames):
     """
     if type(value) is kind:
         return value
-    if type(kind) is list and type(value) is list:
-        return [convert(kind[0], item, frames) for item in value]
+    if type(kind) is type(convert):
+        return kind(value, frames)
     if type(kind) is tuple:
         return tuple([convert(k, item, frames) for k, item in zip(kind, value, strict=True)])
-    if type(kind) in (type, list):
-        raise TypeError(f"{value!r:.80} is no {kind}")
-    return kind(value, frames)
+    if type(kind) is list and type(value) is list:
+        return [convert(kind[0], item, frames) for item in value]
+    raise TypeError(f"{value!r:.80} is no {kind}")
 
 
 def parse_line(line):
@@ -290,7 +290,7 @@ class Mind:
         self.marked = {}  # an ordered set of records that may not be what they should be
         self.story = deque(maxlen=LIMITS["story"])  # (key, start, finish, attempt, worker)
         self.edges = {
-            edge: (getattr(self, leave), getattr(self, enter))
+            edge: (getattr(self, leave, None), getattr(self, enter))
             for edge, (leave, enter) in self.TRANSITIONS.items()
         }
 
@@ -329,7 +329,8 @@ class Mind:
         # statecharts call it exit and entry actions) is said once here, whatever the edge.
         start = record.state
         leave, enter = self.edges[start, finish]
-        leave(record)
+        if leave:  # Else the state owns no field.
+            leave(record)
         record.state = finish
         enter(record)
         self.story.append((record.key, start, finish, *record.where()))
@@ -1328,9 +1329,6 @@ class SchedulerMind(Mind):
         ts.attempt = 0
         self.leave_erred(ts)
 
-    def leave_released(self, ts):
-        """It owns no field."""
-
     def enter_waiting(self, ts):
         """Somebody needs it: it needs its dependencies, which may have to be made again."""
         ts.attempt = 0
@@ -1970,9 +1968,6 @@ class WorkerMind(FetchingMind):
                 del self.needed_by[name]
                 self.wanted.pop(name, None)
 
-    def leave_executing(self, attempt):
-        """It owns no field."""
-
     def enter_finished(self, attempt):
         """An attempt ends once, by one message."""
         del self.attempts[attempt.number]
@@ -2563,6 +2558,11 @@ def type_name(obj):
 logger = logging.getLogger("minidist")
 
 
+@functools.cache
+def stimulus_named(op):
+    return "stimulus_" + op.replace("-", "_")
+
+
 class Body:
     """What the bodies of the three minds share: links to peers, and the tasks that serve them.
 
@@ -2653,7 +2653,7 @@ class Body:
 
     def stimulate(self, op, *args, **fields):
         """Tell the mind what came, or what else has happened."""
-        getattr(self.state, "stimulus_" + op.replace("-", "_"))(*args, **fields)
+        getattr(self.state, stimulus_named(op))(*args, **fields)
 
     def flush(self):
         """Send what the mind has in its outbox.
