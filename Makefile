@@ -4,6 +4,9 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 # One environment for each version of Python; .venv is that of the default one.
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
+# Of the notebook: which kernel runs it, and that tutorial.md gets no header if it is written back.
+METADATA := {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}, \
+	"jupytext": {"notebook_metadata_filter": "-all"}}
 
 .DEFAULT_GOAL := help
 
@@ -31,6 +34,10 @@ mutants: $(VENV)/installed  ## change lines of the minds, and see whether the pu
 bench: $(VENV)/installed  ## time per task, beside concurrent.futures
 	$(BIN)/python benchmarks/bench.py
 
+notebook: $(VENV)/notebook  ## open the tutorial in JupyterLab, as tutorial.ipynb: yours to change
+	[ -e tutorial.ipynb ] || $(BIN)/jupytext --quiet --to ipynb --update-metadata '$(METADATA)' tutorial.md
+	$(BIN)/jupyter lab tutorial.ipynb
+
 lint: $(VENV)/installed  ## check the formatting
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -43,4 +50,8 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 
-.PHONY: help demo test soak cover mutants bench lint clean
+$(VENV)/notebook: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[notebook]'
+	touch $@
+
+.PHONY: help demo test soak cover mutants bench notebook lint clean
