@@ -4595,8 +4595,8 @@ async def run_scheduler(options):
     """
     ports = range(DEFAULT_PORT, DEFAULT_PORT + 100) if options.port is None else [options.port]
     for port in ports:
+        scheduler = Scheduler(options.host, port, options.worker_ttl, options.record)
         try:
-            scheduler = Scheduler(options.host, port, options.worker_ttl, options.record)
             await scheduler.__aenter__()
             break
         except OSError:

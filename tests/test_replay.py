@@ -219,6 +219,13 @@ def test_a_scheduler_in_a_program_records_too(tmp_path, recordings):
     assert {*recordings.iterdir()} == before, "a file of its own goes before MINIDIST_RECORD"
 
 
+def test_a_scheduler_that_cannot_record_does_not_start(tmp_path):
+    run = [sys.executable, SCRIPT, "scheduler", "--record", str(tmp_path / "no folder" / "file")]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    (said,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "no folder" in said and not done.stdout
+
+
 def test_a_disk_that_is_full_ends_the_recording_and_nothing_else(caplog):
     async def main():
         async with minidist.Scheduler(record="/dev/full") as s, Worker(s.address, 1):
