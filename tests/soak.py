@@ -35,7 +35,7 @@ from minidist import Client, KilledWorker, fire_and_forget, replay
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOTS = 4  # worker processes at a time
-PATIENCE = 120  # seconds without which no task is to remain
+PATIENCE = 120  # seconds that a result, or an empty cluster, is waited for
 
 
 def simulate(histories):

@@ -159,10 +159,13 @@ def test_a_worker_that_fetched_what_a_client_cannot_have_helps_the_client():
     s.stimulus_register_worker("v", "v", 1, [], [])
     s.submit("x", "d", workers=["v"])
     sent(s)
+    copies = []
     while not s.complaints:
         s.stimulus_fetch_missed("c", "d", 1, attempt, ["w"])
         for copy in told(s, "v", "compute-task"):
+            copies.append(copy["attempt"])
             s.stimulus_task_returned("v", copy["attempt"], [("d", attempt, ["w"])])
+    assert len(copies) == 1 + ALLOWED_FAILURES // 2, "each of the two may miss as often"
     sent(s)
     s.stimulus_add_keys("v", [("d", attempt)])
     assert [f["holders"] for f in told(s, "c", "key-in-memory")] == [["w", "v"]]
@@ -414,6 +417,14 @@ def test_what_a_leaving_worker_has_is_not_copied_twice():
     assert told(s, holder, "goodbye") and s.states() == {"d": "memory"}
 
 
+def test_a_worker_may_be_silent_for_just_so_long():
+    s = Scheduler("w")
+    s.stimulus_time_passes(s.ttl_us)
+    assert list(s.workers) == ["w"]
+    s.stimulus_time_passes(s.ttl_us + 1)
+    assert not s.workers and told(s, "w", "refused")
+
+
 def test_silent_workers_are_dead_and_nothing_is_sent_from_one_to_the_next():
     s = Scheduler("v", "w")
     s.submit("x")
@@ -517,6 +528,15 @@ def test_a_copy_is_an_attempt_that_goes_back_as_soon_as_its_input_is_here():
     ops = [(op, fields) for peer, op, fields in sent(w) if peer == SCHEDULER]
     returned = ("task-returned", {"attempt": 7, "misses": []})
     assert ops == [("add-keys", {"names": [("x", 1)]}), returned]
+
+
+def test_a_holder_that_is_dead_is_not_asked():
+    w = WorkerMind()
+    w.stimulus_compute_task(SCHEDULER, "y", 7, "f", (b"f",), [("x", 1, [*"uvw"])], [0], False)
+    w.stimulus_worker_left(SCHEDULER, "v")
+    sent(w)
+    w.stimulus_data("u", "x", 1, "missing", ())
+    assert [(peer, op) for peer, op, _ in sent(w)] == [("w", "get-data")]
 
 
 def test_what_has_been_ready_for_too_long_goes_back():
