@@ -205,6 +205,8 @@ def test_a_retry_runs_failed_inputs_and_what_failed_because_of_them_again():
     assert set(s.states().values()) == {"erred"}
     sent(s)
     s.stimulus_retry("c", "y", 2)
+    retried = {(f["key"], f["want"]) for f in told(s, "c", "key-retried")}
+    assert retried == {("x", 1), ("y", 2), ("z", 1)}
     assert s.states() == {"x": "processing", "y": "waiting", "z": "waiting"}
     s.finish("x")
     s.finish("y")
@@ -505,6 +507,18 @@ def test_a_value_that_is_lost_while_it_is_fetched_is_not_expected_any_more():
     sent(client)
     client.stimulus_data("w", "x", 5, "ok", (b"old",))
     assert (state.status, state.value, sent(client)) == ("pending", (), [])
+
+
+def test_what_has_failed_is_pending_again_when_somebody_retries_it():
+    client = ClientMind()
+    x, y = (client.stimulus_submit(key, "f", (b"f",), [], 0) for key in "xy")
+    client.stimulus_key_erred(SCHEDULER, "x", 1, (b"boom",), "", "")
+    client.stimulus_key_in_memory(SCHEDULER, "y", 2, 5, 8, "int", ["w"], ())
+    for state in (x, y):
+        client.stimulus_key_retried(SCHEDULER, state.key, state.want)
+    assert (x.status, x.exception, y.status) == ("pending", (), "finished")
+    client.stimulus_key_in_memory(SCHEDULER, "x", 1, 6, 8, "int", ["w"], (b"1",))
+    assert (x.status, x.value) == ("finished", (b"1",))
 
 
 def test_a_cancelled_state_leaves_the_table_at_once():
