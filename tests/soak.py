@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
 import random
 import re
@@ -25,7 +26,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections import Counter
 from concurrent.futures import CancelledError
 from multiprocessing import Pool
@@ -346,7 +346,7 @@ def main():
         return vanish(options.vanish, options.seed)
     os.environ.setdefault("MINIDIST_TOKEN", os.urandom(16).hex())
     folder = tempfile.mkdtemp(prefix="soak-")
-    warnings.simplefilter("ignore")  # That a worker is missing for a while is no news here.
+    logging.getLogger("minidist").setLevel("ERROR")  # That a worker is missing is no news here.
     with Pool(1) as pool:
         simulated = pool.apply_async(simulate, [options.histories])
         cluster = Cluster(folder, options.seed)
