@@ -103,7 +103,7 @@ LIMITS = {
     "handshake_seconds": 10,
     "ride_along_bytes": 64 << 10,  # a result up to this size travels with its notice
     "holders": 8,  # replicas named to whoever fetches, or weighed when a worker is chosen
-    "known_durations": 10_000,  # function names whose duration the scheduler remembers
+    "remembered": 10_000,  # durations of functions, and losses of data, in the scheduler
     "story": 10_000,  # transitions that a mind remembers
     "argument_bytes": 10_000_000,  # larger arguments of one call get a warning
     "start_seconds": 60,  # a local cluster's worker processes have to be there
@@ -832,6 +832,7 @@ class SchedulerMind(Mind):
         self.submitted = self.puts = 0
         self.now_us, self.ttl_us = 0, ttl_us
         self.departed = ""  # which worker was lost last, and how
+        self.losses = {}  # {key of data: how it was lost}, for who has not heard of that yet
         self.news = []  # who came and went, and why, in words: for the body to log
         self.complaints = {}  # {(ClientState, TaskState): why it cannot fetch the only copy}
         # Wants what no user waits for, and lets go when it has ended.
@@ -856,7 +857,7 @@ class SchedulerMind(Mind):
             if self.wanted_by(cs, input_key, number) is None:
                 # On one ordered stream that want can only have been cancelled or lost.  What
                 # bears the key now may be another call of another client.
-                text = f"its input {input_key!r} was cancelled"
+                text = self.losses.get(input_key, f"its input {input_key!r} was cancelled")
                 self.send(client, "key-cancelled", key, want, text)
                 return
         ts = self.tasks.get(key)
@@ -1111,8 +1112,7 @@ class SchedulerMind(Mind):
         ts, current = self.end_attempt(ws, attempt)
         average = self.durations.get(ts.name, duration_us)
         self.durations[ts.name] = (average + duration_us) // 2
-        if len(self.durations) > LIMITS["known_durations"]:
-            del self.durations[next(iter(self.durations))]
+        forget_oldest(self.durations)
         if current:
             ts.nbytes, ts.type, ts.value = nbytes, type, value
             self.add_replica(ts, ws)
@@ -1504,7 +1504,9 @@ class SchedulerMind(Mind):
         """Data that nobody has is lost for good, and with it whatever waits for it."""
         if not (ts.run_spec or ts.givers):
             how = f"was lost with {ts.lost}" if ts.lost else "could not be put on any worker"
-            self.cancel(ts, "waiters", f"the data {ts.key!r} {how}{ts.why}")
+            text = self.losses[ts.key] = f"the data {ts.key!r} {how}{ts.why}"
+            forget_oldest(self.losses)
+            self.cancel(ts, "waiters", text)
 
     def stop_needing(self, ts):
         """It is unfinished no longer: its dependencies may not be needed any more."""
@@ -1777,6 +1779,11 @@ def link(one, field, other, transpose):
         if not getattr(record, name):
             setattr(record, name, {})
         getattr(record, name)[value] = None
+
+
+def forget_oldest(memories):
+    if len(memories) > LIMITS["remembered"]:
+        del memories[next(iter(memories))]
 
 
 def check_transposes(some, field, others, transpose):
@@ -3516,6 +3523,9 @@ class Threaded(Shown):
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError("a synchronous client's own loop cannot wait for it: deadlock")
+        if self._loop.is_closed():
+            coroutine.close()
+            raise RuntimeError("this client is closed: make a new one")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(timeout)
@@ -3613,6 +3623,7 @@ class Client(Threaded, Body):
 
     def shutdown(self):
         """End the whole cluster, and close."""
+        self._check_open()
         self._post(self.state.send, SCHEDULER, "shutdown")
         return self.close()
 

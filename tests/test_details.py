@@ -834,3 +834,11 @@ def test_a_client_can_be_closed_while_a_large_call_is_being_sent(capfd):
         with Client(processes=False) as c:
             c.submit(len, bytes(11_000_000))
     assert capfd.readouterr().err == ""
+
+
+def test_a_closed_client_says_that_it_is_closed_whatever_is_asked():
+    c = Client(processes=False)
+    c.close()
+    for ask in (c.who_has, c.nthreads, c.shutdown, lambda: c.run(os.getpid)):
+        with pytest.raises(RuntimeError, match="this client is closed"):
+            ask()

@@ -173,14 +173,53 @@ def test_a_worker_that_fetched_what_a_client_cannot_have_helps_the_client():
 
 def test_a_retry_forgets_how_often_inputs_were_missed():
     s = Scheduler("w")
-    s.submit("x")
+    s.submit("i")
+    miss = ("i", s.finish("i")[1], ["elsewhere"])
+    s.submit("x", "i")
     for want in (2, 3):
         for _ in range(ALLOWED_FAILURES):
-            s.stimulus_task_returned("w", s.tasks["x"].attempt, [("gone", 1, ["v"])])
-            assert s.states() == {"x": "processing"}
-        s.stimulus_task_returned("w", s.tasks["x"].attempt, [("gone", 1, ["v"])])
-        assert s.states() == {"x": "erred"}
+            s.stimulus_task_returned("w", s.tasks["x"].attempt, [miss])
+            assert s.states() == {"i": "memory", "x": "processing"}
+        s.stimulus_task_returned("w", s.tasks["x"].attempt, [miss])
+        assert s.states() == {"i": "memory", "x": "erred"}
         s.stimulus_retry("c", "x", want)
+
+
+def test_a_miss_of_a_value_that_was_lost_meanwhile_is_no_news():
+    s = Scheduler("w")
+    s.submit("x")
+    for _ in range(ALLOWED_FAILURES + 1):
+        s.stimulus_task_returned("w", s.tasks["x"].attempt, [("gone", 1, ["v"])])
+    assert s.states() == {"x": "processing"}, "its holders died: no link was at fault"
+
+
+def test_two_that_leave_together_hand_over_to_one_that_stays():
+    s = Scheduler("u", "v")
+    s.submit("x", workers=["name of u"])
+    _, number = s.finish("x")
+    s.stimulus_leave("u")
+    assert told(s, "v", "compute-task"), "a copy"
+    s.stimulus_register_worker("w", "w", 1, [], [])
+    s.stimulus_leave("v")
+    said = sent(s)
+    assert [peer for peer, op, _ in said if op == "goodbye"] == ["v"]
+    ((peer, copy),) = [(peer, fields) for peer, op, fields in said if op == "compute-task"]
+    assert (peer, copy["name"]) == ("w", "copy")
+    s.stimulus_add_keys("w", [("x", number)])
+    s.stimulus_task_returned("w", copy["attempt"], [])
+    assert told(s, "u", "goodbye") and list(s.workers) == ["w"]
+    assert s.states() == {"x": "memory"}
+
+
+def test_a_submit_that_crosses_the_loss_of_its_data_is_told_which_data_was_lost():
+    s = Scheduler("w")
+    scattered(s)
+    s.stimulus_worker_left("w", "exit code 3")
+    sent(s)
+    s.submit("y", "d")
+    (cancelled,) = told(s, "c", "key-cancelled")
+    assert cancelled["key"] == "y"
+    assert "the data 'd' was lost with w (name of w): exit code 3" in cancelled["text"]
 
 
 def test_a_cancel_takes_dependents_along_and_leaves_alone_what_another_client_wants():
@@ -265,11 +304,11 @@ def test_few_holders_are_weighed_however_many_there_are():
 
 def test_functions_that_were_measured_long_ago_are_forgotten_when_there_are_too_many():
     s = Scheduler("w")
-    for n in range(LIMITS["known_durations"] + 1):
+    for n in range(LIMITS["remembered"] + 1):
         s.submit("x", want=n, name=f"f{n}")
         s.stimulus_task_finished("w", s.tasks["x"].attempt, 8, "int", 10, ())
         s.release("x", want=n)
-    assert len(s.durations) == LIMITS["known_durations"]
+    assert len(s.durations) == LIMITS["remembered"]
     assert "f0" not in s.durations and "f1" in s.durations
 
 
