@@ -333,7 +333,7 @@ class Mind:
             leave(record)
         record.state = finish
         enter(record)
-        self.story.append((record.key, start, finish, *record.where()))
+        self.story.append((record.key, start, finish, record.attempt, record.processing_on))
 
 
 def edges(**finishes):
@@ -749,9 +749,6 @@ class TaskState:
     def __repr__(self):
         return f"<TaskState {self.key!r} {self.state}>"
 
-    def where(self):
-        return self.attempt, self.processing_on.id if self.processing_on else ""
-
 
 @dataclass(eq=False, slots=True)
 class WorkerState:
@@ -864,7 +861,10 @@ class SchedulerMind(Mind):
         if ts is None:
             ts = self.new_task(key, name, run_spec, priority, **options)
             for input_key, _ in inputs:
-                link(ts, "dependencies", self.tasks[input_key], "dependents")
+                dependency = self.tasks[input_key]
+                ts.dependencies = ts.dependencies or {}
+                dependency.dependents = dependency.dependents or {}
+                ts.dependencies[dependency] = dependency.dependents[ts] = None
         elif ts.run_spec != run_spec:
             text = f"the key {key!r} is known with another call: that one's result is used"
             self.send(client, "warning", text)
@@ -1005,7 +1005,8 @@ class SchedulerMind(Mind):
         return [(ws.address, {f: getattr(ws, f) for f in fields}) for ws in self.named(names)]
 
     def facts_story(self, keys):
-        return list(enumerate(line for line in self.story if line[0] in keys))
+        lines = [(*line, ws.id if ws else "") for *line, ws in self.story if line[0] in keys]
+        return list(enumerate(lines))
 
     def named(self, names):
         return [ws for ws in self.workers.values() if not names or {*names} & {*ws.aliases()}]
@@ -1472,8 +1473,8 @@ class SchedulerMind(Mind):
         return ts if cs.wants_what.get(ts) == want else None
 
     def want(self, cs, ts, number, tell=True):
-        link(ts, "who_wants", cs, "wants_what")
-        cs.wants_what[ts] = number
+        ts.who_wants = ts.who_wants or {}
+        ts.who_wants[cs], cs.wants_what[ts] = None, number
         if tell:
             self.tell(cs, ts)
         self.mark(ts)
@@ -1624,7 +1625,8 @@ class SchedulerMind(Mind):
 
     def add_replica(self, ts, ws):
         if ws not in ts.who_has:
-            link(ts, "who_has", ws, "has_what")
+            ts.who_has = ts.who_has or {}
+            ts.who_has[ws] = ws.has_what[ts] = None
             ws.nbytes += ts.nbytes
             ts.stuck = False
             self.mark(ts)
@@ -1773,14 +1775,6 @@ class SchedulerMind(Mind):
         assert not ws.queue or ws.load > FREE or any(ts.suspect for ts in heads), ws
 
 
-def link(one, field, other, transpose):
-    """Enter a relation on both sides; ordered sets are made when first needed."""
-    for record, name, value in ((one, field, other), (other, transpose, one)):
-        if not getattr(record, name):
-            setattr(record, name, {})
-        getattr(record, name)[value] = None
-
-
 def forget_oldest(memories):
     if len(memories) > LIMITS["remembered"]:
         del memories[next(iter(memories))]
@@ -1826,8 +1820,11 @@ class Attempt:
     fate: str = ""
     told: tuple = ()
 
-    def where(self):
-        return self.number, ""
+    processing_on = None  # No other worker: for the story, as in a TaskState.
+
+    @property
+    def attempt(self):
+        return self.number
 
 
 class WorkerMind(FetchingMind):
@@ -2654,11 +2651,11 @@ class Body:
 
     def take(self, peer, op, fields):
         """Give the mind one message; subclasses add what is not the mind's business."""
-        self.stimulate(op, peer, **fields)
+        self.stimulate(op, (peer,), fields)
         if op == "worker-left" and fields["worker"] in self.links:
             self.links[fields["worker"]].hang_up()
 
-    def stimulate(self, op, *args, **fields):
+    def stimulate(self, op, args, fields={}):
         """Tell the mind what came, or what else has happened."""
         getattr(self.state, stimulus_named(op))(*args, **fields)
 
@@ -2798,7 +2795,7 @@ class Scheduler(Body):
     async def tell_time(self):
         """The mind has no clock; it is told the time often enough to miss who is silent."""
         while True:
-            self.stimulate("time-passes", time.monotonic_ns() // 1000)
+            self.stimulate("time-passes", [time.monotonic_ns() // 1000])
             self.flush()
             await asyncio.sleep(self.worker_ttl / 4)
 
@@ -2825,7 +2822,7 @@ class Scheduler(Body):
                     process.kill()  # It was silent for too long.
         finally:
             how = [f"{text} at {time.strftime('%H:%M:%S')}" for text in how]
-            self.stimulate(f"{connection.peer}-left", peer, *how)
+            self.stimulate(f"{connection.peer}-left", [peer, *how])
             self.flush()
 
     def take(self, peer, op, fields):
@@ -2840,14 +2837,14 @@ class Scheduler(Body):
         if op == "shutdown":
             self.ended.set()
 
-    def stimulate(self, op, *args, **fields):
+    def stimulate(self, op, args, fields={}):
         """All that this mind is told goes through here; each time is one line of the recording."""
         if not self.recording:
-            return super().stimulate(op, *args, **fields)
+            return super().stimulate(op, args, fields)
         # What earlier stimuli have left is put aside: a line has the messages of its own.
         outbox, self.state.outbox = self.state.outbox, []
         try:
-            super().stimulate(op, *args, **fields)
+            super().stimulate(op, args, fields)
         finally:
             self.recorded.append(RECORDED.encode([op, args, fields, self.state.outbox]))
             outbox += self.state.outbox
@@ -2910,7 +2907,7 @@ def replay(path, validate=True):
                     fields[name] = tuple(value) if frames else convert(FIELDS[name], value, ())
                 body.state.outbox = []
                 with contextlib.suppress(Exception):  # Whoever had sent that was dropped.
-                    body.stimulate(op, *args, **fields)
+                    body.stimulate(op, args, fields)
                 for now, then in zip_longest(body.state.outbox, recorded):
                     if RECORDED.encode(now) != RECORDED.encode(then):
                         raise ValueError(f"it says {now}, and it is recorded that it said {then}")

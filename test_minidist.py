@@ -1535,7 +1535,7 @@ SchedulerMind.let_go | self.end_arrival(ts, ts.attempt) | pass | liveness
 ClientMind.known | state.count += 1 | state.count += 2 | quiescence
 ClientMind.known | state.count += 1 | pass | no_live_future_is_cancelled
 # The two sides of a relation part; a counter cannot be recounted.
-SchedulerMind.add_replica | link(ts, "who_has", ws, "has_what") | ts.who_has = {ws: None} | the_books_balance
+SchedulerMind.add_replica | ts.who_has[ws] = ws.has_what[ts] = None | ts.who_has[ws] = None | the_books_balance
 SchedulerMind.remove_replica | ws.nbytes -= ts.nbytes | pass | the_books_balance
 # Somebody is not told.
 SchedulerMind.end_arrival | self.tell(cs, ts) | pass | agreement
