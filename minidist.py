@@ -4516,59 +4516,57 @@ async def describe_exit(process):
 # standard output, flushed at once; what happens meanwhile, to standard error.
 
 DEFAULT_PORT = 8786
+LEVELS = ("debug", "info", "warning", "error")
+COMMANDS = {  # {command: what it does, then its arguments: "name METAVAR: help (the default)"}
+    "scheduler": f"""start a scheduler
+        --host HOST: address to listen on (127.0.0.1); 0.0.0.0: all that this machine has
+        --port PORT: port to listen on ({DEFAULT_PORT}, or the next that is free); 0: any that is free
+        --worker-ttl SECONDS: seconds after which a silent worker is dead (30)
+        --record FILE: record all that it is told and says, for replay""",
+    "worker": f"""start a worker
+        address IP:PORT: the scheduler's address
+        --nthreads N: tasks run at a time ({os.cpu_count() or 1}: one for each core)
+        --name NAME: the worker's name in the cluster (its address); of several, with -0, ... appended
+        --nworkers N: how many processes (1)
+        --until-stdin-ends: for minidist's own use
+        --quiet: for minidist's own use""",
+    "replay": """run what a scheduler has recorded once more
+        file FILE: the recording
+        --key KEY: print what changes a task (a tuple is written as in JSON)
+        --until LINE: stop after this line, and print the state there
+        --quick: do not check every invariant after every line""",
+}
+LOG_LEVEL = f"--log-level LEVEL: the least that is logged: {', '.join(LEVELS)} (info)"
+DEFAULTS = {"--host": "127.0.0.1", "--worker-ttl": 30, "--nworkers": 1, "--log-level": "info"}
 
 
 def parse(argv):
-    """The options of a command, with the coroutine function that ``run``s it.
-
-    Two options are not shown: with them minidist starts processes of its own.
-    """
-    text = (
-        "Give the address that the scheduler prints to workers, and in Python to Client(address)."
-    )
+    """The options of a command, with the coroutine function that ``run``s it."""
+    text = "Give the address that the scheduler prints to workers, and to Client(address)."
     about = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog="minidist", description=about, epilog=text)
     commands = parser.add_subparsers(dest="command", required=True)
-    scheduler = commands.add_parser("scheduler", help="start a scheduler")
-    scheduler.set_defaults(run=run_scheduler)
-    text = "address to listen on (127.0.0.1); 0.0.0.0: all that this machine has"
-    scheduler.add_argument("--host", default="127.0.0.1", help=text)
-    text = f"port to listen on ({DEFAULT_PORT}, or the next that is free); 0: any that is free"
-    scheduler.add_argument("--port", type=int, help=text)
-    text = "seconds after which a silent worker is dead (30)"
-    scheduler.add_argument("--worker-ttl", type=float, default=30, metavar="SECONDS", help=text)
-    text = "record all that it is told and says, for replay"
-    scheduler.add_argument("--record", metavar="FILE", help=text)
-    again = commands.add_parser("replay", help="run what a scheduler has recorded once more")
-    again.set_defaults(run=run_replay)
-    again.add_argument("file", metavar="FILE", help="the recording")
-    text = "print what changes a task (a tuple is written as in JSON)"
-    again.add_argument("--key", type=parse_key, help=text)
-    text = "stop after this line, and print the state there"
-    again.add_argument("--until", type=int, metavar="LINE", help=text)
-    text = "do not check every invariant after every line"
-    again.add_argument("--quick", action="store_true", help=text)
-    worker = commands.add_parser("worker", help="start a worker")
-    worker.set_defaults(run=run_worker)
-    worker.add_argument("address", metavar="IP:PORT", help="the scheduler's address")
-    cores = os.cpu_count() or 1
-    text = f"tasks run at a time ({cores}: one for each core)"
-    worker.add_argument("--nthreads", type=int, default=cores, help=text)
-    text = "the worker's name in the cluster (its address); of several, with -0, -1, ... appended"
-    worker.add_argument("--name", help=text)
-    worker.add_argument("--nworkers", type=int, default=1, help="how many processes (1)")
-    levels = ["debug", "info", "warning", "error"]
-    text = f"the least that is logged: {', '.join(levels)} (info)"
-    for command in commands.choices.values():
-        command.add_argument(
-            "--log-level", default="info", choices=levels, metavar="LEVEL", help=text
-        )
-    for option in ("--until-stdin-ends", "--quiet"):
-        worker.add_argument(option, action="store_true", help=argparse.SUPPRESS)
+    for name, text in COMMANDS.items():
+        about, *rows = text.splitlines()
+        command = commands.add_parser(name, help=about)
+        command.set_defaults(run=globals()[f"run_{name}"])
+        for row in (*rows, LOG_LEVEL):
+            add_argument(command, *re.fullmatch(r"\s*(\S+?)(?: (\S+))?: (.*)", row).groups())
     options = parser.parse_args(argv)
     if options.command == "worker" and min(options.nthreads, options.nworkers) < 1:
         parser.error("--nthreads and --nworkers must be at least 1")
     return options
+
+
+def add_argument(command, name, metavar, text):
+    kinds = {"PORT": int, "N": int, "LINE": int, "SECONDS": float, "KEY": parse_key}
+    default = os.cpu_count() or 1 if name == "--nthreads" else DEFAULTS.get(name)
+    kind = {"metavar": metavar, "type": kinds.get(metavar, str), "default": default}
+    if metavar == "LEVEL":
+        kind["choices"] = LEVELS
+    # Some are not shown: with them minidist starts processes of its own.
+    text = argparse.SUPPRESS if text == "for minidist's own use" else text
+    command.add_argument(name, help=text, **(kind if metavar else {"action": "store_true"}))
 
 
 def parse_key(text):
