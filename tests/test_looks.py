@@ -9,6 +9,7 @@ import os
 import pty
 import queue
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -64,7 +65,12 @@ def on_a_terminal(script):
     """Run a script on a terminal of its own, as a shell would: the other end of that terminal."""
     ours, theirs = pty.openpty()
     command, env = [sys.executable, "-c", script], {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=env, preexec_fn=lambda: os.login_tty(theirs)) as p:
+
+    def begin():
+        os.login_tty(theirs)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ours may be ignored, in the background.
+
+    with subprocess.Popen(command, env=env, preexec_fn=begin) as p:
         os.close(theirs)
         try:
             yield ours
@@ -78,6 +84,7 @@ def read(terminal, until=None):
     said = b""
     with contextlib.suppress(OSError):  # This is how Linux says that nobody is there any more.
         while until is None or until not in said:
+            assert select.select([terminal], [], [], 60)[0], f"silent after {said}"
             said += os.read(terminal, 10_000)
     return said
 
