@@ -1,11 +1,20 @@
-"""What all tests share: whatever their schedulers have recorded must replay."""
+"""What all tests share: signals as in a terminal; and whatever their schedulers record replays."""
 
+import signal
 import tempfile
 from pathlib import Path
 
 import pytest
 
 import minidist
+
+
+def pytest_configure():
+    """A shell has SIGINT ignored in the background, and what is started there inherits that.
+
+    Tests that interrupt what they have started mean it.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -65,12 +65,7 @@ def on_a_terminal(script):
     """Run a script on a terminal of its own, as a shell would: the other end of that terminal."""
     ours, theirs = pty.openpty()
     command, env = [sys.executable, "-c", script], {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def begin():
-        os.login_tty(theirs)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ours may be ignored, in the background.
-
-    with subprocess.Popen(command, env=env, preexec_fn=begin) as p:
+    with subprocess.Popen(command, env=env, preexec_fn=lambda: os.login_tty(theirs)) as p:
         os.close(theirs)
         try:
             yield ours
