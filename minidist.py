@@ -95,6 +95,9 @@ import cloudpickle
 #       connections of their own, and nothing is ever concluded from one that broke: only the
 #       scheduler declares a worker dead, and tells the others.
 
+# What one peer can make us allocate or wait for, and how much is kept while weeks go by: a mistake
+# at one end, or a long life, must not become a process without memory.
+
 LIMITS = {
     "header_bytes": 64 << 20,  # the JSON of one batch
     "frames": 1 << 18,  # binary frames in one batch
@@ -111,6 +114,15 @@ LIMITS = {
 }
 
 SCHEDULER = "scheduler"  # the peer, seen from clients and workers
+
+# All that is ever said.  To read a stimulus, start from its message's line here.  Whatever comes in
+# is checked against that line, and what a mind sends is made from it (``Mind.send``).
+#
+# A ``key`` stands nowhere without a number beside it, but for a query: ``want`` where the client
+# counts, ``attempt`` where the scheduler does; ``names`` are such pairs.  ``places`` are an
+# attempt's inputs, with their holders; ``misses`` are those of them that no holder gave, with the
+# holders that were asked.  ``values``, ``attempts`` and ``wants`` of those who register are empty:
+# they are there for a scheduler that comes back and has to learn everything again.
 
 MESSAGES = {  # {op: "sender > receiver: fields"}; the fields' kinds are in FIELDS below
     # A client and the scheduler: one ordered stream.
@@ -163,7 +175,10 @@ class ProtocolError(Exception):
 
 
 def to_key(value, frames=()):
-    """JSON has no tuples, so a key that is one travelled as a list."""
+    """JSON has no tuples, so a key that is one travelled as a list.
+
+    Its parts are only what JSON gives back equal: one key has to be the same in every process.
+    """
     if type(value) is str:
         return value
     if type(value) is not list or not value:
@@ -172,7 +187,10 @@ def to_key(value, frames=()):
 
 
 def to_frames(value, frames):
-    """Places in the batch's table of frames, as the frames."""
+    """Places in the batch's table of frames, as the frames.
+
+    (A negative place is dropped: Python would count it from the table's end.)
+    """
     return tuple([frames[convert(int, place, ())] for place in value if place >= 0])
 
 
@@ -202,6 +220,8 @@ FIELDS = {  # {field: its kind}, the same in every message
 def convert(kind, value, frames):
     """What JSON brought, as the minds know it.
 
+    A kind is a type (by identity: for Python, ``True`` is an ``int``), a function that converts, a
+    tuple of kinds for a list of just so many, or ``[kind]`` for a list of any length.
     Raises LookupError, TypeError or ValueError for what is not of the kind.
     """
     if type(value) is kind:
@@ -230,6 +250,11 @@ def check_message(message, frames, sender):
     """Check a message against MESSAGES before anything else, and give its fields their kinds.
 
     ``sender`` is the kind of peer that it came from.  A ``ProtocolError`` says what is wrong.
+
+    Exactly these fields, in this order: to skip what is not known would be of use between versions,
+    but the handshake lets only one version in.  A mind may rely on the kinds, not on the sense: the
+    end of an attempt that was never sent passes here.  Then the mind raises, and its body drops the
+    peer.
     """
     try:
         senders, names, kinds = OPS[message["op"]]
@@ -247,7 +272,11 @@ class HeapSet(dict):
     """What waits, by priority; the smallest first.  Every item's ``priority`` is its own.
 
     An ordered set, and a heap from which anything may be taken: what was taken out stays in the
-    heap until it surfaces, or until the dead are the majority and the heap is built anew.
+    heap until it surfaces, or until the dead are the majority and the heap is built anew.  (To look
+    for it in the heap would cost a scan, and a cancel of 100,000 tasks as many scans.)
+
+    No two items have equal priorities: else the heap would compare the items, which have no order.
+    An item that is put in again while its dead entry is still there has two: that does no harm.
     """
 
     __slots__ = ("heap", "worker")
@@ -281,6 +310,14 @@ class Mind:
     lets it take the edge there, which marks neighbours, until none is marked.  Nobody carries
     recommendations from one task to the next, and walks along dependents are loops, not recursion.
     The idea to keep decisions free of I/O ("sans-IO") is that of h11 and of dask's worker state.
+
+    Level-triggered: what a record should be follows from the facts as they are, not from the event
+    that changed them.  So facts may change in any order, and several before one ``settle``; to mark
+    too much costs a look, while a mark that is missing leaves a task waiting for ever: ``validate``
+    exists to find those.  Dicts stand for sets throughout: a set of records is iterated in the
+    order of their addresses, which is another in each run, and no run could be replayed.
+
+    dask: a transition returns recommendations for other tasks, which a loop carries out.
     """
 
     TRANSITIONS = {}  # {(start, finish): (method that leaves, method that enters)}: every edge
@@ -299,7 +336,10 @@ class Mind:
         self.outbox.append((peer, dict(zip(OPS[op][1], (op, *values), strict=True))))
 
     def send_name(self, peer, op, name):
-        """Send a ``(key, number)``; those that follow each other travel in one message."""
+        """Send a ``(key, number)``; those that follow each other travel in one message.
+
+        Only with the very last message: in an earlier one, it would overtake what was said since.
+        """
         last, message = self.outbox[-1] if self.outbox else (None, {})
         if last == peer and message["op"] == op:
             message["names"].append(name)
@@ -311,6 +351,8 @@ class Mind:
 
     def settle(self):
         """Let marked records take edges until every one is what it should be."""
+        # Each takes a few edges at most.  Two goals that contradict each other would go on for
+        # ever, and with them the whole cluster would stand still: rather let it be said.
         marked, edges = self.marked, 0
         bound = 64 + 16 * self.size()
         while marked:
@@ -350,6 +392,10 @@ class FetchingMind(Mind):
 
     A value is asked of one holder after the other until one gives it; who has failed is
     remembered, since it will be reported.  Nothing is concluded here from a broken connection.
+    (To ask all at once would be faster when one is dead, and cost every transfer several times.)
+
+    What is wanted and what was asked are two tables, since a request cannot be taken back: a value
+    may be let go, and be wanted again, while it is under way.
     Subclasses say what it means that a value ``arrived``, or that everybody ``missed`` it.
     """
 
@@ -359,7 +405,10 @@ class FetchingMind(Mind):
         self.asked = {}  # {holder: {(key, attempt): None}}: requests that are under way
 
     def need(self, name, holders):
-        """Fetch a value.  To want it no longer, take it out of ``wanted``."""
+        """Fetch a value.  To want it no longer, take it out of ``wanted``.
+
+        ``holders`` are ids of workers, in the order in which they are to be asked.
+        """
         if name not in self.wanted:
             self.wanted[name] = (list(holders), [])
             self.ask(name)
@@ -376,7 +425,12 @@ class FetchingMind(Mind):
             self.send_name(holders[0], "get-data", name)
 
     def stimulus_data(self, holder, key, attempt, status, value):
-        """A holder answers for one value: "ok", "missing", or "error" if nobody can pickle it."""
+        """A holder answers for one value: "ok", "missing", or "error" if nobody can pickle it.
+
+        ``value`` are its frames; with "error", those of an exception.  Of a value that was let go
+        and wanted again there may be two requests: who answers first will do, since all replicas
+        of a ``(key, attempt)`` are one value.
+        """
         name = (key, attempt)
         if name in self.asked.get(holder, ()):
             self.end_request(holder, name, status == "missing")
@@ -386,19 +440,27 @@ class FetchingMind(Mind):
         self.settle()
 
     def stimulus_link_lost(self, holder):
-        """The connection to a holder broke: what was asked there is missed there."""
+        """The connection to a holder broke: what was asked there is missed there.
+
+        That may be a fault of the network between two that are both alive, which nobody here can
+        tell from a dead holder; so the next one is asked, and the scheduler hears of it in the end.
+        """
         for name in list(self.asked.get(holder, ())):
             self.end_request(holder, name, missed=True)
         self.settle()
 
     def stimulus_worker_left(self, peer, worker):
-        """The scheduler says that a worker is dead: expect nothing from it any more."""
+        """The scheduler says that a worker is dead: expect nothing from it any more.
+
+        It may be alive, and its answers be under way: they answer no request of ours by then.
+        """
         self.stimulus_link_lost(worker)
         for holders, _ in self.wanted.values():
             if worker in holders:
                 holders.remove(worker)
 
     def end_request(self, holder, name, missed):
+        """A request is over; if it was missed by the holder that we wait for, ask the next."""
         del self.asked[holder][name]
         if not self.asked[holder]:
             del self.asked[holder]
@@ -422,6 +484,20 @@ class FetchingMind(Mind):
 # What one client wants.  It may use chapter 1.  Reference counts, releases and resubmissions are
 # where systems of this kind lose futures, so they are decided here, in the order in which the
 # client's threads asked for them, and not in ``Future.__del__``.
+#
+# A user can hold several ``Future`` objects of one key.  They share one FutureState, which counts
+# them; with the last one the want ends, and the next submit of that key is another want, with
+# another number.  Two things travel separately: the *notice* that a result exists, which every
+# want gets, and the *value*, which only who asks for it gets, from a worker that holds it (unless
+# it was so small that it came along).  Who waits for 1,000 tasks has no use for 1,000 results.
+#
+#   pending > finished    "key-in-memory"
+#   finished > pending    "key-lost"; or nobody gave the value that was asked for
+#   pending > error       "key-erred"; also from finished, if its value cannot be had
+#   error > pending       "key-retried", or a retry by this client
+#   any > cancelled       it leaves the table at once, so that its key is free for a new want
+#
+# A value that is here is final: it stays readable, whatever comes later.
 
 
 @dataclass(eq=False, slots=True)
@@ -429,7 +505,7 @@ class FutureState:
     """One want of this client: what all its ``Future`` objects of one key share."""
 
     key: "str | tuple"
-    want: int
+    want: int  # its number: another each time that the key comes to be wanted, or is retried
     status: str = "pending"  # or "finished", "error", "cancelled": the words that users see
     count: int = 1  # live Future objects
     asked: bool = False  # somebody waits for the value, not only for its existence
@@ -457,7 +533,11 @@ class FutureState:
 
 
 class ClientMind(FetchingMind):
-    """What a client wants, and what it was told of it."""
+    """What a client wants, and what it was told of it.
+
+    There is no table of transitions: the scheduler decides what becomes of a task, and a notice
+    says what its state is from now on.  What is decided here is whom a notice concerns.
+    """
 
     def __init__(self):
         super().__init__()
@@ -470,7 +550,13 @@ class ClientMind(FetchingMind):
     ):
         """[2] The user submits a call: a new want, or one more reference to the one there is.
 
-        ``inputs`` are the FutureStates of the futures in its arguments.
+        ``inputs`` are the FutureStates of the futures in its arguments.  Returns the FutureState.
+        A key that is wanted here keeps the call that it came with, also if that has failed: to try
+        once more is for ``retry``.
+
+        A cancelled input is not sent, even if its key is wanted anew: the user gave us that very
+        future.  One that the scheduler is just cancelling looks wanted here; the scheduler finds
+        that by the want's number, and cancels this task too.
         """
         if state := self.known(key):
             return state
@@ -488,7 +574,12 @@ class ClientMind(FetchingMind):
         return state
 
     def stimulus_scatter(self, key, data, nbytes, type, workers=(), broadcast=False):
-        """The user scatters data: it is kept here until the scheduler says that it has a place."""
+        """The user scatters data: it is kept here until the scheduler says that it has a place.
+
+        ``data`` are its frames, ``nbytes`` its size as an object, ``type`` its type's name.  The
+        bytes do not travel with this message: they go to a worker, and the scheduler's stream
+        stays short.  Returns the FutureState.
+        """
         if state := self.known(key):
             return state
         self.futures[key] = state = FutureState(key, self.next_want(), data=data)
@@ -496,20 +587,33 @@ class ClientMind(FetchingMind):
         return state
 
     def stimulus_put(self, peer, key, want, attempt, worker):
-        """The scheduler says where data shall go, by a data connection."""
+        """The scheduler says where data shall go, by a data connection.
+
+        It may say so again, with another attempt, after the worker is lost or the put has failed.
+        """
         # (Another want: that data was let go while the message was under way.)
         if (state := self.current(key, want)) and state.data:
             state.put = (worker, attempt)
             self.send(worker, "put-data", key, attempt, state.data)
 
     def stimulus_link_lost(self, holder):
-        """The connection to a worker broke: what was asked or put there may not have come."""
+        """The connection to a worker broke: what was asked or put there may not have come.
+
+        If it has come after all, the worker's claim and our "put-failed" cross.  The scheduler
+        believes the first of them: the claim makes the task finished; or "put-failed" has ended
+        that attempt, and the claim is answered by "free-keys".
+        """
         super().stimulus_link_lost(holder)
         for state in [state for state in self.futures.values() if state.put[:1] == (holder,)]:
             self.send(SCHEDULER, "put-failed", state.key, state.put[1])
 
     def stimulus_cancel(self, states, force):
-        """The user cancels: these states leave the table at once."""
+        """The user cancels: these states leave the table at once.
+
+        The scheduler answers with "key-cancelled", for these (which finds no such want any more)
+        and for what depends on them.  Until that is here, dependents look as before; what is
+        submitted on them meanwhile is cancelled by the scheduler.
+        """
         for state in states:
             if self.futures.get(state.key) is state:
                 self.send(SCHEDULER, "cancel-keys", [(state.key, state.want)], force)
@@ -519,7 +623,11 @@ class ClientMind(FetchingMind):
                     self.become(state, "cancelled", "it was cancelled here")
 
     def stimulus_retry(self, states):
-        """The user wants tasks that failed once more: each is a new want."""
+        """The user wants tasks that failed once more: each is a new want.
+
+        Another client may have retried such a task before, and news of that be under way to us
+        under the old number: it is stale then, and the scheduler says all of it again.
+        """
         for state in states:
             if self.futures.get(state.key) is state and state.status == "error":
                 state.want, state.exception = self.next_want(), ()
@@ -527,7 +635,11 @@ class ClientMind(FetchingMind):
                 self.become(state, "pending")
 
     def stimulus_fire_and_forget(self, states):
-        """The user wants tasks to run even if nobody waits for them."""
+        """The user wants tasks to run even if nobody waits for them.
+
+        The want is handed to the scheduler, since this client may be gone before they have run.
+        On one stream that is before the release of the futures, which often follows at once.
+        """
         names = [(state.key, state.want) for state in states]
         self.send(SCHEDULER, "fire-and-forget", names)
 
@@ -543,13 +655,21 @@ class ClientMind(FetchingMind):
                 self.become(state, "cancelled", "its last future was released")
 
     def stimulus_ask(self, states):
-        """Somebody waits for these values: fetch what did not come along with its notice."""
+        """Somebody waits for these values: fetch what did not come along with its notice.
+
+        A state remembers that it was asked for; so a value that is lost and computed again is
+        fetched by itself.
+        """
         for state in states:
             state.asked = True
             self.fetch(state)
 
     def stimulus_key_in_memory(self, peer, key, want, attempt, nbytes, type, holders, value):
-        """[12] A result exists; small ones are in the message."""
+        """[12] A result exists; small ones are in the message.
+
+        It may come more than once: for another attempt after a loss, or with other holders after a
+        fetch that missed.
+        """
         if state := self.current(key, want):
             state.attempt, state.nbytes, state.type = attempt, nbytes, type
             state.holders, state.value = holders, value
@@ -557,25 +677,39 @@ class ClientMind(FetchingMind):
             self.fetch(state)
 
     def stimulus_key_lost(self, peer, key, want):
-        """Every replica of a result is gone; it is being computed again."""
+        """Every replica of a result is gone; it is being computed again.
+
+        Users see it: what was finished is pending.  Unless its value is here: to them, all is well.
+        """
         if state := self.current(key, want):
             self.become(state, "pending")
 
     def stimulus_key_retried(self, peer, key, want):
-        """It had failed, and is tried again: somebody asked for that, or asked for an input."""
+        """It had failed, and is tried again: somebody asked for that, or asked for an input.
+
+        The one notice that undoes an error, which is final for all others (see ``current``).
+        """
         state = self.futures.get(key)
         if state is not None and state.want == want and state.status == "error":
             state.exception = ()
             self.become(state, "pending")
 
     def stimulus_key_erred(self, peer, key, want, exception, type, text):
-        """The task failed, or will never be computed."""
+        """The task failed, or will never be computed.
+
+        ``exception`` are the frames of what was raised, by this task or by one of its inputs.  There
+        are none where no task raised (``KilledWorker``, ``ConnectionError``): then ``type`` and
+        ``text`` say what happened.
+        """
         if state := self.current(key, want):
             state.exception, state.type = exception, type
             self.become(state, "error", text)
 
     def stimulus_key_cancelled(self, peer, key, want, text):
-        """The scheduler does not know this want any more."""
+        """The scheduler does not know this want any more.
+
+        So it leaves the table, whatever is here; but what is final stays what it is for the user.
+        """
         state = self.futures.get(key)
         if state is not None and state.want == want:
             self.let_go(state)
@@ -583,13 +717,20 @@ class ClientMind(FetchingMind):
                 self.become(state, "cancelled", text)
 
     def stimulus_worker_left(self, peer, worker):
+        """A worker is dead: forget it as a holder, so that it is not asked later.
+
+        If it was the last one, news of that comes on the same stream.
+        """
         super().stimulus_worker_left(peer, worker)
         for state in self.futures.values():
             if worker in state.holders:
                 state.holders = [holder for holder in state.holders if holder != worker]
 
     def stimulus_scheduler_left(self, text):
-        """The stream ended: nothing that is not here yet will come."""
+        """The stream ended: nothing that is not here yet will come.
+
+        Not even values whose holders still live: workers end when their scheduler does.
+        """
         for state in list(self.futures.values()):
             if not state.final:
                 self.stimulus_key_cancelled(SCHEDULER, state.key, state.want, text)
@@ -619,20 +760,28 @@ class ClientMind(FetchingMind):
         return self.wants
 
     def let_go(self, state):
+        """It is not wanted any more; if its value is under way, that comes in vain."""
         del self.futures[state.key]
         self.wanted.pop((state.key, state.attempt), None)
 
     def become(self, state, status, text=""):
+        """What users see changes.  Data that has a place, or needs none, is not kept here."""
         state.status, state.text = status, text
         if status != "pending":
             state.data = state.put = ()
         self.news.append(state)
 
     def fetch(self, state):
+        """Fetch its value, if somebody waits for it and it is not here."""
         if state.asked and state.status == "finished" and not state.value:
             self.need((state.key, state.attempt), state.holders)
 
     def arrived(self, name, ok, value):
+        """A value is here; or the exception that says why its holder cannot pickle it.
+
+        It is the value of the attempt that the state names: a fetch ends when its state leaves the
+        table (``let_go``) or hears of another attempt (``current``).
+        """
         state = self.futures[name[0]]
         if ok:
             state.value = value
@@ -641,7 +790,11 @@ class ClientMind(FetchingMind):
         self.become(state, "finished" if ok else "error")
 
     def missed(self, name, misses):
-        """Tell the scheduler of a value that nobody gave; it will answer, or already has."""
+        """Tell the scheduler of a value that nobody gave; it will answer, or already has.
+
+        Already, if the value was lost: then "key-lost" and this message cross.  Nothing is tried
+        again from here: who holds the value is for the scheduler to say.
+        """
         state = self.futures[name[0]]
         self.become(state, "pending")
         self.send(SCHEDULER, "fetch-missed", state.key, state.want, name[1], misses)
