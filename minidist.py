@@ -697,7 +697,7 @@ class ClientMind(FetchingMind):
     def stimulus_key_erred(self, peer, key, want, exception, type, text):
         """The task failed, or will never be computed.
 
-        ``exception`` are the frames of what was raised, by this task or by one of its inputs.  There
+        ``exception`` are the frames of what was raised, by this task or one of its inputs.  There
         are none where no task raised (``KilledWorker``, ``ConnectionError``): then ``type`` and
         ``text`` say what happened.
         """
@@ -839,8 +839,12 @@ class ClientMind(FetchingMind):
 #       are computed again as far as they are needed.  What was on it is suspected of having killed
 #       it.  Scattered data has no call: it is lost for good, and whoever needs it is told so.
 
+# The costs are guesses, and are only compared with each other: a wrong one makes a task start
+# somewhat later than it could, never a result wrong.
+
 ROOM_US = 1_000  # known-short work sent ahead of a thread that is busy: it hides a round trip
 UNKNOWN_US = 500_000  # what a task of an unmeasured function is taken for
+# dask: measures how fast workers transfer.
 TRANSFER_US = 1_000  # what any transfer costs, ...
 BYTES_PER_US = 100  # ... and how much is transferred in a microsecond: 100 MB/s
 ALLOWED_FAILURES = 3  # a task may fail so often for reasons that are not its own
@@ -852,6 +856,9 @@ class TaskState:
 
     A task is a call; or it is *data* that a client scattered, which nobody can compute.  Then its
     ``run_spec`` is empty, and its attempts are those to put it on a worker.
+
+    There may be a million of them: so a record has slots, and a container only from when there is
+    something to put into it.  Until then ``()`` does as an empty one.
     """
 
     key: "str | tuple"
@@ -877,7 +884,8 @@ class TaskState:
     estimate_us: int = 0
     # In "processing" only.  Transpose: WorkerState.processing, and for data WorkerState.arriving.
     processing_on: "WorkerState | None" = None
-    # In "processing" and "memory": the attempt that makes, or made, its value.
+    # In "processing" and "memory": the attempt that makes, or made, its value.  Elsewhere 0, so
+    # that no attempt that is still under way can be taken for the current one.
     attempt: int = 0
     # In "memory" only:
     who_has: "dict[WorkerState, None] | tuple[()]" = ()  # transpose: WorkerState.has_what
@@ -890,9 +898,9 @@ class TaskState:
 
     # What has gone wrong, and was not its own fault:
     misses: int = 0  # how often one of its inputs, or its value, could not be had
-    suspect: bool = False  # it was on a worker that died, and has not ended since
+    suspect: bool = False  # it was on a worker that died, and has not ended since: see ``suspect``
     deaths: tuple = ()  # the workers that died while it was alone there, and how
-    stuck: bool = False  # somebody could not fetch the only copy there is
+    stuck: bool = False  # somebody could not fetch the only copy there is: see ``strike``
     # Of data only:
     givers: "dict[ClientState, bool] | tuple[()]" = ()  # who has it until it is in memory, and
     #                                                     whether all workers should get it
@@ -943,12 +951,18 @@ class ClientState:
     wants_what: dict  # {TaskState: the number of the want}; transpose: TaskState.who_wants
 
 
-EMPTY, FREE, ROOM, FULL, LEAVING = range(5)  # how loaded a worker is
+# How loaded a worker is: it runs nothing; it has a free thread; its threads are busy, but with so
+# little that more may be sent; it has enough; it takes no more.
+EMPTY, FREE, ROOM, FULL, LEAVING = range(5)
 UNFINISHED = ("waiting", "queued", "no-worker", "processing")
 
 
 class SchedulerMind(Mind):
     """Decides what runs where.
+
+    A task's life goes down the table below, and back to "waiting" when what it has, or needs, is
+    lost.  From everywhere it goes back to "released" when nobody needs it; and from there it is
+    forgotten, if nothing that is kept might have to be computed from it again.
 
     ``first_attempt`` must grow from one scheduler's life to the next.  A worker that gives no
     sign of life for ``ttl_us`` is dead.
@@ -976,7 +990,9 @@ class SchedulerMind(Mind):
         self.by_load = [OrderedDict() for _ in range(5)]
         self.crowded = OrderedDict()  # an ordered set of workers with something in their queue
         self.called = {}  # {name, address or host: ordered set of the WorkerStates called so}
-        self.changed = {}  # an ordered set of workers that may have room for something
+        # An ordered set of workers that may have room for something.  What makes room puts them
+        # here, so that no stimulus has to look through all of them.
+        self.changed = {}
         self.durations = {}  # {function name: microseconds}, a moving average
         self.attempts = first_attempt  # the number of the next attempt
         self.submitted = self.puts = 0
@@ -991,7 +1007,7 @@ class SchedulerMind(Mind):
     # Stimuli: clients.
 
     def stimulus_register_client(self, client, wants):
-        """A client joins."""
+        """A client joins.  It is told after how much silence a peer is taken for dead."""
         self.clients[client] = ClientState(client, {})
         self.news.append(f"Client {client} joined")
         self.send(client, "registered", self.ttl_us)
@@ -1001,6 +1017,9 @@ class SchedulerMind(Mind):
 
         ``inputs`` are the tasks whose results are among its arguments, as (key, want);
         ``options`` are ``workers``, ``loose`` and ``retries``.
+
+        A key may be known, from another client or as what something else is made from: then this is
+        one more want of that task, which keeps its first call, priority and restrictions.
         """
         cs = self.clients[client]
         for input_key, number in inputs:
@@ -1025,7 +1044,12 @@ class SchedulerMind(Mind):
         self.settle()
 
     def stimulus_scatter(self, client, key, want, nbytes, type, workers, broadcast):
-        """A client has data, and gives it until it is in memory."""
+        """A client has data, and gives it until it is in memory.
+
+        ``nbytes`` is its size as an object; ``broadcast``: each worker shall have a copy.  Others
+        may have scattered the same (keys are made from the data): while it is not in memory, this
+        client is one more that can give it; afterwards it has nothing to do.
+        """
         cs, ts = self.clients[client], self.tasks.get(key)
         if ts is None:
             ts = self.new_task(key, "scatter", (), workers=workers)
@@ -1041,7 +1065,11 @@ class SchedulerMind(Mind):
         self.settle()
 
     def stimulus_put_failed(self, client, key, attempt):
-        """A client could not put its data where it was asked to."""
+        """A client could not put its data where it was asked to.
+
+        Stale if the worker has claimed it before (the connection broke only then), or is dead.
+        Else another attempt asks for it again; after some, the next client that has the data.
+        """
         ts = self.tasks.get(key)
         if ts is not None and ts.attempt == attempt and ts.state == "processing":
             ts.misses += 1
@@ -1052,7 +1080,10 @@ class SchedulerMind(Mind):
         self.settle()
 
     def stimulus_release_keys(self, client, names):
-        """A client has no future of these keys any more."""
+        """A client has no future of these keys any more.
+
+        What runs for them is abandoned; what waits for room goes without a message to anybody.
+        """
         cs = self.clients[client]
         for key, want in names:
             # None: this want was cancelled before its release came; perhaps there is another.
@@ -1063,7 +1094,8 @@ class SchedulerMind(Mind):
     def stimulus_cancel_keys(self, client, names, force):
         """A client cancels tasks, and with them those that depend on them.
 
-        Another client's wants are left alone, unless ``force``.
+        Another client's wants are left alone, unless ``force``.  A cancel is no more than that:
+        wants end, and who had them is told.  What nobody needs then, goes by itself.
         """
         cs = self.clients[client]
         for key, want in names:
@@ -1075,7 +1107,8 @@ class SchedulerMind(Mind):
     def stimulus_retry(self, client, key, want):
         """A client wants a task that failed once more, and its failed inputs if need be.
 
-        ``want`` is the new number of its want.
+        ``want`` is the new number of its want.  If another client was first, the task may be
+        running again, or be in memory: then this client is told so under the new number.
         """
         cs, ts = self.clients[client], self.tasks.get(key)
         if ts not in cs.wants_what:
@@ -1095,14 +1128,20 @@ class SchedulerMind(Mind):
         self.settle()
 
     def stimulus_fire_and_forget(self, client, names):
-        """A client wants tasks to run, even if it lets go of them."""
+        """A client wants tasks to run, even if it lets go of them.
+
+        The want of one more client, the keeper, which lets go when the task has ended (``tell``).
+        """
         for key, want in names:
             if ts := self.wanted_by(self.clients[client], key, want):
                 self.want(self.keeper, ts, 0)
         self.settle()
 
     def stimulus_client_left(self, client):
-        """A client's connection is lost: it wants nothing any more."""
+        """A client's connection is lost: it wants nothing any more.
+
+        If its process lives, all its futures are cancelled there: it cannot come back as this one.
+        """
         cs = self.clients.pop(client, None)
         if cs is None:
             return  # It was lost before it had registered.
@@ -1112,7 +1151,14 @@ class SchedulerMind(Mind):
         self.settle()
 
     def stimulus_fetch_missed(self, client, key, want, attempt, holders):
-        """A client could not get a value from any of its holders."""
+        """A client could not get a value from any of its holders.
+
+        It always gets an answer: who holds the value now, or the notice of a loss, which may cross
+        this message.  What can be computed again is (``strike``).  Of data that this client cannot
+        reach, a copy is made where it can perhaps.  If there is no other worker, or that was of no
+        use, a *complaint* is kept, and becomes an error when the holder gives a sign of life.  If
+        it is dead instead, what there is to tell is the loss.
+        """
         cs = self.clients[client]
         ts = self.wanted_by(cs, key, want)
         # Otherwise it was let go meanwhile; or lost or made again, and that notice is under way.
@@ -1130,7 +1176,10 @@ class SchedulerMind(Mind):
         self.settle()
 
     def stimulus_query(self, client, number, what, keys):
-        """A client looks inside: rows of what is known of tasks, or of the workers so called."""
+        """A client looks inside: rows of what is known of tasks, or of the workers so called.
+
+        ``what`` names one of the methods below; ``keys`` are tasks' keys, or workers' names.
+        """
         self.send(client, "answer", number, getattr(self, f"facts_{what}")(keys))
 
     def stimulus_shutdown(self, client):
@@ -1167,7 +1216,10 @@ class SchedulerMind(Mind):
     # Stimuli: workers.
 
     def stimulus_register_worker(self, worker, name, nthreads, values, attempts):
-        """A worker joins; it holds and runs nothing yet."""
+        """A worker joins; it holds and runs nothing yet.
+
+        Names differ, since tasks can be restricted to one, and reports of deaths speak of them.
+        """
         if any(ws.name == name for ws in self.workers.values()):
             text = f"a worker named {name!r} is there already: choose another name"
             self.news.append(f"Worker {worker} was refused: {text}")
@@ -1188,7 +1240,11 @@ class SchedulerMind(Mind):
         self.settle()
 
     def stimulus_heartbeat(self, worker):
-        """It lives: what could not be fetched from it, and is nowhere else, cannot be had."""
+        """It lives: what could not be fetched from it, and is nowhere else, cannot be had.
+
+        It is alive for us, and cannot be reached by somebody else: so the link between those two is
+        broken.  Had it been dead, the client would have to hear of the loss, and not of the link.
+        """
         ws = self.workers[worker]
         ws.seen_us = self.now_us
         for (cs, ts), text in list(self.complaints.items()):
@@ -1208,7 +1264,11 @@ class SchedulerMind(Mind):
         self.settle()  # Only now: nothing must be sent to the next one that is dead.
 
     def stimulus_leave(self, worker):
-        """A worker wants to go.  What only it holds is copied to others before it may."""
+        """A worker wants to go.  What only it holds is copied to others before it may.
+
+        From now on it is sent nothing to run.  What it has not begun comes back by itself, in
+        messages that follow this one; what was sent to it meanwhile does, too.
+        """
         ws = self.workers[worker]
         ws.leaving = {}
         self.account(ws, 0, 0)
@@ -1216,12 +1276,21 @@ class SchedulerMind(Mind):
         self.settle()
 
     def stimulus_worker_left(self, worker, how="connection lost"):
-        """A worker is lost."""
+        """A worker is lost.  ``how`` goes into the reports: an exit code, or a signal."""
         self.lose(worker, how)
         self.settle()
 
     def lose(self, worker, how):
-        """A worker takes its attempts and its data with it."""
+        """A worker takes its attempts and its data with it.
+
+        Only facts are changed here, and tasks marked; ``settle`` finds what follows.  A task that
+        was sent there is placed again.  One whose only value was there is computed again if
+        somebody needs it; for that it needs its inputs, which are computed again as far as they are
+        gone, and so on: nobody walks through the graph to plan a recovery.
+
+        Peers learn of the death from here alone.  Those that find a connection broken conclude
+        nothing from it.
+        """
         ws = self.workers.pop(worker, None)
         if ws is None:
             return  # It was refused, or declared dead before its connection was lost.
@@ -1249,6 +1318,11 @@ class SchedulerMind(Mind):
 
         Which of several did it nobody knows: from now on, each runs alone.  Only one that was
         alone is blamed, so that no innocent one fails with it.
+
+        Were all of them blamed, a long task that shares its worker with a killer, and is placed
+        again beside it each time, would fail with it.  The price is that each suspect waits for a
+        worker to run empty.  A task is no suspect any more when it has a value, or has failed.  The
+        death of a worker that was leaving makes no suspects.
         """
         # dask: whatever was on the worker is blamed, also what had not started.
         ts.suspect = True
@@ -1260,7 +1334,12 @@ class SchedulerMind(Mind):
             ts.error = ((), "KilledWorker", text)
 
     def stimulus_task_finished(self, worker, attempt, nbytes, type, duration_us, value):
-        """[11] A worker says that an attempt has made its value, and that it holds it."""
+        """[11] A worker says that an attempt has made its value, and that it holds it.
+
+        ``duration_us`` is that of the call alone, ``nbytes`` the size of the result as an object;
+        ``value`` are its frames if they are few and a client waits for them.  How long it took is
+        worth knowing also of an attempt that was abandoned.
+        """
         ws = self.workers[worker]
         ws.late = False
         ts, current = self.end_attempt(ws, attempt)
@@ -1276,7 +1355,11 @@ class SchedulerMind(Mind):
         self.settle()
 
     def stimulus_task_erred(self, worker, attempt, exception):
-        """A worker says that an attempt raised."""
+        """A worker says that an attempt raised.
+
+        While it has retries it has no error, and so is what it was before: a task that can run.  Of
+        an attempt that was abandoned, nobody wants to know how it ended.
+        """
         ws = self.workers[worker]
         ws.late = False
         ts, current = self.end_attempt(ws, attempt)
@@ -1291,6 +1374,12 @@ class SchedulerMind(Mind):
 
         ``misses`` says which inputs it could not have, and who was asked.  What happens next is
         ordinary placement.  A copy is an attempt that is returned as soon as its input is there.
+
+        Without a miss, a current attempt was given back because it would have begun *late*: what
+        runs on that worker takes longer than its function did before.  Until something ends there,
+        and we know better, that worker gets one task for each thread; else what came back would be
+        sent into the same queue again.  (The same if it was sent early, or if an input was freed
+        there meanwhile: to be careful costs little.)
         """
         ws, missed = self.workers[worker], ""
         for key, number, holders in misses:
@@ -1313,7 +1402,11 @@ class SchedulerMind(Mind):
         self.settle()
 
     def stimulus_add_keys(self, worker, names):
-        """A worker says that it holds values that were put there, or that it has fetched."""
+        """A worker says that it holds values that were put there, or that it has fetched.
+
+        It may be asked for them by others from now on.  A put ends here; a copy only when its
+        attempt is returned, which is the worker's next message about it.
+        """
         ws = self.workers[worker]
         for key, attempt in names:
             ts = self.tasks.get(key)
@@ -1331,9 +1424,23 @@ class SchedulerMind(Mind):
         self.settle()
 
     # What a task should be, and where.
+    #
+    # Runnable tasks wait here, and a worker is sent one when it has *room*.  To send each task at
+    # once to the worker that seems best then would be simpler: but later tasks of higher priority
+    # would stand behind it, a worker that joins would find nothing to do, and to cancel would take
+    # a message.  What waits here can be decided anew until the last moment.
+    #
+    # For a task without inputs all workers are alike: it waits in the common queue.  One with
+    # inputs waits for the worker where it would start first, and others may steal it from there.
+    # ``settle`` empties both: each worker that may have got room takes from its own queue and the
+    # common one, whichever head goes first; then the common queue's head goes to who has room.
 
     def goal(self, ts):
-        """What ``ts`` should be, given who wants it and what its neighbours are."""
+        """What ``ts`` should be, given who wants it and what its neighbours are.
+
+        The order of the questions matters: is it needed at all, has it failed, has it a value, is
+        it under way, has it its inputs, may it run anywhere?
+        """
         if not (ts.who_wants or ts.waiters):
             # Data that is let go is forgotten at once: nobody could use it without its value.
             kept = ts.dependents and ts.run_spec
@@ -1354,7 +1461,11 @@ class SchedulerMind(Mind):
         return "queued" if ts.run_spec else "processing"
 
     def settle(self):
-        """Take the edges; then send what waits for as long as there is room."""
+        """Take the edges; then send what waits for as long as there is room.
+
+        Afterwards no thread is idle while something waits for it (``validate`` S3, W3): whatever
+        makes room or brings work ends here, so nothing has to poll.
+        """
         super().settle()
         while self.changed or self.queue:
             while self.changed:
@@ -1379,7 +1490,13 @@ class SchedulerMind(Mind):
         return len(self.tasks)
 
     def next_for(self, ws):
-        """What ``ws`` has room for: of its own queue, of the common one, or of another worker's."""
+        """What ``ws`` has room for: of its own queue, of the common one, or of another worker's.
+
+        Only heads are looked at.  What stands behind a long task could be short enough to fit; to
+        look for it would cost a scan, and let short tasks pass by others of higher priority.  But a
+        head of a queue that does not fit does not hold up that of the other one, unless it is a
+        suspect: then the worker would never be empty.
+        """
         heads = [ts for ts in (ws.queue.peek(), self.queue.peek()) if ts]
         if len(heads) == 2 and heads[1].priority < heads[0].priority:
             heads.reverse()
@@ -1391,7 +1508,15 @@ class SchedulerMind(Mind):
         return self.steal(ws) if self.crowded and ws.load <= FREE and not ws.queue else None
 
     def steal(self, ws):
-        """What waits for another worker, and would start sooner here, with its inputs moved."""
+        """What waits for another worker, and would start sooner here, with its inputs moved.
+
+        Only a worker with a free thread and nothing of its own asks.  It compares when the task
+        would start here (its inputs have to be moved) with the work that it would wait for there.
+        So tiny tasks on one worker's large data stay there, and slow ones spread.  Nothing was
+        sent yet, so the victim need not be asked.  A few victims are looked at, and of each the
+        head; one whose input was stuck at its holder stays, since it could not be moved before.
+        """
+        # dask: takes back what was sent already, so it has to ask the victim, who may have begun.
         for victim in islice(self.crowded, LIMITS["holders"]):
             ts = victim.queue.peek()
             waiting_us = (victim.occupancy - ts.estimate_us) // victim.nthreads
@@ -1402,7 +1527,7 @@ class SchedulerMind(Mind):
         return None
 
     def has_room(self, ws, ts):
-        """Whether ``ts`` may be sent to ``ws`` now."""
+        """Whether ``ts`` may be sent to ``ws`` now: it has room, or can fetch in the meantime."""
         if ws.load <= self.most_load(ts):
             return True
         # One further task a thread is sent early if its inputs have to be fetched first.
@@ -1415,6 +1540,9 @@ class SchedulerMind(Mind):
 
         Room is measured in time: a task for each thread, and beyond that about a millisecond of
         known-short ones.  So microsecond tasks run hundreds deep, and none waits behind an hour.
+        With one task for each thread alone, a thread would wait for a round trip after each, which
+        takes many times as long as a tiny task; with much more, a few workers would swallow what
+        many could share.
         """
         # dask: room is a number of tasks for each thread (worker-saturation), not a time.
         if ts.suspect:
@@ -1424,7 +1552,8 @@ class SchedulerMind(Mind):
     def least_loaded(self, most, but=()):
         """The least loaded of the workers with a load of at most ``most``, or None.
 
-        Only a few are compared: with thousands of workers, deciding must not cost a scan.
+        Only a few are compared: with thousands of workers, deciding must not cost a scan.  Those
+        that are about to go have the highest load of all, which nobody asks for.
         """
         for group in self.by_load[: most + 1]:
             if group:
@@ -1439,7 +1568,10 @@ class SchedulerMind(Mind):
         return len(self.workers) == len(self.by_load[LEAVING])
 
     def allowed(self, ts):
-        """The workers that may run ``ts``, as an ordered set; None: any."""
+        """The workers that may run ``ts``, as an ordered set; None: any.
+
+        An empty set says that none may, for now: such a task is in "no-worker".
+        """
         if not ts.restrictions:
             return None
         some = {ws: None for name in ts.restrictions for ws in self.called.get(name, ())}
@@ -1449,7 +1581,8 @@ class SchedulerMind(Mind):
         """The worker on which ``ts``, which has inputs or restrictions, would start first.
 
         Weighed are those that are allowed, or the holders of its inputs and the least loaded
-        worker.  An input that could not be fetched from its only holder draws it there.
+        worker.  An input that could not be fetched from its only holder draws it there, even
+        against its restrictions: elsewhere it might never run.
         """
         candidates = self.allowed(ts)
         if candidates is None:
@@ -1462,7 +1595,11 @@ class SchedulerMind(Mind):
         return min(stuck or candidates, key=lambda ws: self.start_us(ts, ws))
 
     def start_us(self, ts, ws):
-        """When ``ts`` would start on ``ws``: what has to be moved, and the work that waits."""
+        """When ``ts`` would start on ``ws``, in microseconds from now.
+
+        The sum of what has to be moved and of the work that waits.  Both go on at once in truth:
+        the sum is too long by the shorter, but it prefers the holder among workers that are idle.
+        """
         missing = self.missing_bytes(ts, ws)
         moving = 0 if missing is None else TRANSFER_US + missing // BYTES_PER_US
         return moving + ws.occupancy // ws.nthreads
@@ -1476,6 +1613,11 @@ class SchedulerMind(Mind):
         return self.durations.get(ts.name, UNKNOWN_US)
 
     # What it means to enter a state, and to leave it.
+    #
+    # What a state owns (TaskState has the list) is cleared when it is left, whatever comes next.
+    # Some of it is a fact that came first, and is why the state is entered: ``processing_on``,
+    # ``who_has``, ``error``.  A neighbour learns of an edge by a change of one of its own facts,
+    # and a mark.
 
     def enter_released(self, ts):
         """Nobody needs it.  An attempt that is under way is abandoned, and runs to its end."""
@@ -1498,10 +1640,16 @@ class SchedulerMind(Mind):
         self.cancel_if_lost(ts)
 
     def leave_waiting(self, ts):
+        """All inputs are there; or it has failed, or nobody needs it.  It waits on nothing."""
         ts.waiting_on = ()
 
     def enter_queued(self, ts):
-        """It can run: it waits for room, on the worker that holds its inputs or on any."""
+        """It can run: it waits for room, on the worker that holds its inputs or on any.
+
+        In a worker's queue it counts as work that waits there (``occupancy``), so that the next one
+        is placed elsewhere when that is enough.  The estimate is kept, since the function may be
+        measured meanwhile: what was added has to be subtracted exactly.
+        """
         ts.queue = self.queue
         if ts.dependencies or self.allowed(ts) is not None:
             ws = self.decide_worker(ts)
@@ -1511,6 +1659,7 @@ class SchedulerMind(Mind):
         ts.queue.push(ts)
 
     def leave_queued(self, ts):
+        """It is sent, or must not be: whatever waited behind it is looked at again."""
         ts.queue.discard(ts)
         if ws := ts.queue.worker:
             ws.occupancy -= ts.estimate_us
@@ -1522,6 +1671,7 @@ class SchedulerMind(Mind):
         ts.queue, ts.estimate_us = None, 0
 
     def enter_no_worker(self, ts):
+        """No worker that is here may run it.  Its user is warned, since it may be a wrong name."""
         self.unrunnable[ts] = None
         # Without any worker, one warning is enough for all that wait.
         for cs in ts.who_wants if ts.restrictions or len(self.unrunnable) == 1 else ():
@@ -1532,7 +1682,11 @@ class SchedulerMind(Mind):
         del self.unrunnable[ts]
 
     def enter_processing(self, ts):
-        """[6] ``processing_on`` has room: a new attempt goes there, with the inputs' places."""
+        """[6] ``processing_on`` has room: a new attempt goes there, with the inputs' places.
+
+        From now on only the end of the attempt, or of its worker, takes it out of that worker's
+        books; the task itself may leave this state before, and even come back with another one.
+        """
         ts.attempt = self.next_attempt()
         if not ts.run_spec:
             self.ask_giver(ts)
@@ -1547,6 +1701,12 @@ class SchedulerMind(Mind):
         self.send(ws.id, "compute-task", *call)
 
     def leave_processing(self, ts):
+        """Its attempt has ended (and ``processing_on`` is None), or nobody needs it any more.
+
+        Then the worker is asked to give it back; if it has begun, it is abandoned, and occupies its
+        thread until it ends.  If the task is wanted again before, that is another attempt.
+        """
+        # dask: such a task is "cancelled" on its worker, "resumed" if it is wanted again meanwhile.
         if ts.processing_on and ts.run_spec:
             self.send(ts.processing_on.id, "give-back", [ts.attempt])  # If it has not started.
         elif ts.processing_on:
@@ -1597,12 +1757,19 @@ class SchedulerMind(Mind):
             self.tell(cs, ts)
 
     def leave_erred(self, ts):
+        """It is retried, or nobody needs it: what went wrong is forgotten, blame and misses too."""
         ts.error, ts.misses, ts.suspect, ts.deaths = (), 0, False, ()
 
     def enter_forgotten(self, ts):
         """Nothing that is kept might have to be computed from it.
 
         Or it is data, and what was made from it becomes data itself.
+
+        Say ``y`` was made from the scattered ``x``, and the last future of ``x`` is dropped.  If
+        ``x`` were kept because ``y`` might be lost, who drops data would free nothing while any
+        result of it lives.  So ``x`` goes, and the call of ``y`` is of no use any more.  Without
+        it, ``y`` needs no other inputs either, which may go, too; and what was made from ``y``
+        loses its call when ``y`` goes.  If ``y`` is lost, ``why`` says what it was made from.
         """
         del self.tasks[ts.key]
         self.forget_call(ts)
@@ -1621,11 +1788,16 @@ class SchedulerMind(Mind):
         return ts
 
     def wanted_by(self, cs, key, want):
-        """The task that this client wants under this number, or None."""
+        """The task that this client wants under this number, or None.
+
+        None is normal: a cancel, or a loss, was under way to the client while it wrote.  The key
+        may be wanted again under another number, which this message does not mean.
+        """
         ts = self.tasks.get(key)
         return ts if cs.wants_what.get(ts) == want else None
 
     def want(self, cs, ts, number, tell=True):
+        """A client wants a task; if the task has ended before, it is told so at once."""
         ts.who_wants = ts.who_wants or {}
         ts.who_wants[cs], cs.wants_what[ts] = None, number
         if tell:
@@ -1633,6 +1805,7 @@ class SchedulerMind(Mind):
         self.mark(ts)
 
     def let_go(self, cs, ts):
+        """A client wants a task no more; and gives its data no more, if it did."""
         self.complaints.pop((cs, ts), None)
         del cs.wants_what[ts]
         del ts.who_wants[cs]
@@ -1644,7 +1817,11 @@ class SchedulerMind(Mind):
                 self.end_arrival(ts, ts.attempt)
 
     def cancel(self, ts, relation, text, only=None):
-        """Let clients go of ``ts`` and of all that is in ``relation`` to it, or one client only."""
+        """Let clients go of ``ts`` and of all that is in ``relation`` to it, or one client only.
+
+        ``relation`` is "dependents" for a user's cancel: what was made from it is cancelled, too.
+        Where data is lost it is "waiters": what has its value already is not touched by the loss.
+        """
         found, seen = [ts], {ts}
         for each in found:  # It grows meanwhile.
             for cs in [cs for cs in each.who_wants if only in (None, cs)]:
@@ -1655,7 +1832,15 @@ class SchedulerMind(Mind):
             found += more
 
     def cancel_if_lost(self, ts):
-        """Data that nobody has is lost for good, and with it whatever waits for it."""
+        """Data that nobody has is lost for good, and with it whatever waits for it.
+
+        There is no call that makes it, and no client that gives it any more (``givers`` is empty
+        from the moment when it was in memory: a client keeps no copy of all that it ever
+        scattered).  So all wants that need it end, and say with which worker it was lost.  When
+        nobody wants what waits for it, it has no waiters, and is forgotten like any other data.
+
+        How it was lost is kept for a while, for the submits that cross that news.
+        """
         if not (ts.run_spec or ts.givers):
             how = f"was lost with {ts.lost}" if ts.lost else "could not be put on any worker"
             text = self.losses[ts.key] = f"the data {ts.key!r} {how}{ts.why}"
@@ -1670,6 +1855,7 @@ class SchedulerMind(Mind):
                 self.mark(dependency)
 
     def forget_call(self, ts):
+        """It will not be computed (again): its dependencies need not be kept for that."""
         for dependency in ts.dependencies:
             del dependency.dependents[ts]
             self.mark(dependency)
@@ -1680,11 +1866,16 @@ class SchedulerMind(Mind):
         return self.attempts - 1
 
     def process(self, ts, ws):
+        """Send a task at once: the next decision has to see how loaded ``ws`` is by then."""
         ts.processing_on = ws
         self.transition(ts, "processing")
 
     def end_attempt(self, ws, attempt):
-        """An attempt's one end.  Returns its task, and whether the attempt was not abandoned."""
+        """An attempt's one end.  Returns its task, and whether the attempt was not abandoned.
+
+        Abandoned: its task was let go, and perhaps wanted again, which makes another attempt.  Its
+        value is never adopted for that: the key may bear another call by then.
+        """
         ts, duration_us = ws.processing.pop(attempt)
         if ws.alone == attempt:
             ws.alone = 0
@@ -1696,7 +1887,13 @@ class SchedulerMind(Mind):
         return ts, current
 
     def account(self, ws, duration_us, sign):
-        """Enter an attempt into a worker's books, or strike it out; find the worker's load."""
+        """Enter an attempt into a worker's books, or strike it out; find the worker's load.
+
+        ``sign`` is +1, -1, or 0 where only the load may be another.  An attempt counts with what
+        its function was known to take when it was sent, however long it takes in the end.  Those
+        not known to be short have no place in the room: each takes that of one thread away.
+        Beside a suspect, and on a worker that is late, there is none.
+        """
         ws.occupancy += sign * duration_us
         if duration_us <= ROOM_US:
             ws.short_us += sign * duration_us
@@ -1717,7 +1914,10 @@ class SchedulerMind(Mind):
             self.changed[ws] = None
 
     def withdraw(self, ws):
-        """It takes no work any more: what waits for it is placed again."""
+        """It takes no work any more: what waits for it is placed again.
+
+        If no worker is left that stays, what is in the common queue has "no-worker", too.
+        """
         for alias in ws.aliases():
             if self.called.get(alias, {}).pop(ws, 0) is None and not self.called[alias]:
                 del self.called[alias]  # The last that was called so.
@@ -1728,7 +1928,15 @@ class SchedulerMind(Mind):
             self.mark(ts)
 
     def ask_giver(self, ts):
-        """Ask the first client that has the data to put it on a worker, each one in its turn."""
+        """Ask the first client that has the data to put it on a worker, each one in its turn.
+
+        The bytes go straight from the client to the worker, and are not the scheduler's to wait
+        for: so the task is in "processing", with an attempt that takes no thread and no place in
+        the worker's books but ``arriving``.  It ends by the worker's claim ("add-keys"), by the
+        client's "put-failed", by the worker's death, or because this client lets go; then, while
+        any client is left that has the data, the task comes by here again, with another attempt
+        and perhaps another worker.  So what comes late of the old one is stale, and freed.
+        """
         some = self.workers.values() if (allowed := self.allowed(ts)) is None else allowed
         some = [ws for ws in some if ws.load != LEAVING]
         ts.processing_on = ws = some[self.puts % len(some)]
@@ -1738,7 +1946,13 @@ class SchedulerMind(Mind):
         self.send(cs.id, "put", ts.key, cs.wants_what[ts], ts.attempt, ws.id)
 
     def copy(self, ts, ws):
-        """Let a worker fetch a value: an attempt with an input and without a call."""
+        """Let a worker fetch a value: an attempt with an input and without a call.
+
+        For a broadcast, for a worker that leaves, for a client that cannot reach the only holder.
+        To the worker it is like any other attempt, so it fetches, misses and returns it with what
+        is there for all.  Here it is in no books but ``copying`` and ``arriving``: the task is in
+        memory, and stays there whether the copy comes or not.
+        """
         attempt = self.next_attempt()
         ts.copying = ts.copying or {}
         ts.copying[attempt] = ws
@@ -1747,12 +1961,17 @@ class SchedulerMind(Mind):
         self.send(ws.id, "compute-task", ts.key, attempt, "copy", (), places, ts.priority, False)
 
     def copy_everywhere(self, ts):
+        """A broadcast: to those that are here now.  (Who joins later fetches it when needed.)"""
         for ws in self.workers.values():
             if ws.load != LEAVING and ws not in ts.who_has and ws not in dict(ts.copying).values():
                 self.copy(ts, ws)
 
     def end_arrival(self, ts, attempt):
-        """A put or a copy is there, or it failed, or its worker is gone."""
+        """A put or a copy is there, or it failed, or its worker is gone.
+
+        After the last copy, whoever wants the value is told who holds it now, and a worker that
+        leaves is looked at again: if the value is still on it alone, there is another copy.
+        """
         self.mark(ts)
         if ts.attempt == attempt:
             del ts.processing_on.arriving[attempt]
@@ -1767,7 +1986,12 @@ class SchedulerMind(Mind):
                 self.tell(cs, ts)
 
     def hand_over(self, ws):
-        """Copy what ``ws`` holds and none that stays, as long as there is one that could have it."""
+        """Copy what ``ws`` holds and none that stays, as long as there is one that could have it.
+
+        ``ws.leaving`` holds what is being copied; when it is empty, and nothing more is found here,
+        the worker may go.  A value that is computed, or copied, there meanwhile is found too.
+        What others could not fetch from it is given up: a broken link must not keep it for ever.
+        """
         for ts in ws.has_what:
             target = self.least_loaded(FULL)
             alone = all(holder.load == LEAVING for holder in ts.who_has)
@@ -1777,6 +2001,7 @@ class SchedulerMind(Mind):
                     self.copy(ts, target)
 
     def add_replica(self, ts, ws):
+        """``ws`` holds the value, which can be fetched there: so who complained is told."""
         if ws not in ts.who_has:
             ts.who_has = ts.who_has or {}
             ts.who_has[ws] = ws.has_what[ts] = None
@@ -1788,6 +2013,7 @@ class SchedulerMind(Mind):
                 self.tell(cs, ts)
 
     def remove_replica(self, ts, ws):
+        """``ws`` holds the value no more.  The last one gone, it is lost or was let go."""
         del ts.who_has[ws]
         del ws.has_what[ts]
         ws.nbytes -= ts.nbytes
@@ -1802,6 +2028,12 @@ class SchedulerMind(Mind):
 
         If there is no other, it is computed again; but links can stay broken, so not for ever.
         The only copy of data is kept: whoever needs it has to go there.
+
+        Who is at fault, the holder, the link or the one that asked, cannot be known: the holder may
+        just have been told to free it.  To free a replica that is good after all costs a transfer,
+        or a computation; to keep one that cannot be had costs everybody who is sent there.  *Stuck*
+        is what must not be freed: tasks that need it are placed on its holder, and not stolen from
+        there; nor is it handed over.  A second replica, wherever it comes from, ends that.
         """
         for ws in [self.workers[holder] for holder in holders if holder in self.workers]:
             if ws in ts.who_has and (ts.run_spec or len(ts.who_has) > 1):
@@ -1814,17 +2046,25 @@ class SchedulerMind(Mind):
             self.miss(ts, f"{ts.key!r} could not be fetched from {', '.join(holders)}")
 
     def miss(self, ts, text):
+        """Its value, or one of its inputs, could not be had; too often, and it is given up.
+
+        Counted until it has failed, or nobody needs it.  Were it tried for ever, two hosts that
+        cannot reach each other would keep the cluster busy, and the user would see a task that is
+        pending, and no reason.
+        """
         ts.misses += 1
         if ts.misses > ALLOWED_FAILURES:
             ts.error = ((), "ConnectionError", text)
 
     def holders(self, ts):
+        """Where it can be fetched: some of the workers, since a broadcast has thousands."""
         return [ws.id for ws in islice(ts.who_has, LIMITS["holders"])]
 
     def tell(self, cs, ts):
         """Tell a client how a task of its ended, if it did.
 
-        While copies of it are being made, they are waited for.
+        While copies of it are being made, they are waited for: so a scatter with ``broadcast``
+        returns when each worker has it, and who could not fetch it is told of the new holder.
         """
         want = cs.wants_what[ts]
         if cs is self.keeper and ts.state in ("memory", "erred"):
@@ -1929,11 +2169,13 @@ class SchedulerMind(Mind):
 
 
 def forget_oldest(memories):
+    """Keep a dict of what was learned bounded.  (A dict's first key is the one added first.)"""
     if len(memories) > LIMITS["remembered"]:
         del memories[next(iter(memories))]
 
 
 def check_transposes(some, field, others, transpose):
+    """Assert that ``b in a.field`` exactly if ``a in b.transpose``."""
     pairs = {(a, b) for a in some for b in getattr(a, field)}
     assert pairs == {(a, b) for b in others for a in getattr(b, transpose)}, field
 
@@ -1945,7 +2187,18 @@ def check_transposes(some, field, others, transpose):
 # A worker decides little.  It starts what is ready by priority, gives back what it cannot start,
 # and holds each value until it is told to free it.  Several attempts to compute one key may be
 # here at once, an abandoned one and the one that is wanted now: their numbers tell them apart.
+#
+# What comes in is an attempt, what goes out is its one end; in between, the worker waits for inputs
+# and threads.  It never asks why something was sent, nor what becomes of what it gives back.  So a
+# cancel, a lost input, a good-bye and a queue that does not move are one thing here: "returned".
+#
+# dask: a worker's state machine knows fetch, flight, missing, cancelled, resumed, rescheduled, ...
+# of each key; here an attempt has a few states, and a fetch that is under way is in another table.
 
+
+# Ten times the room that the scheduler fills: what has waited for that long waits behind something
+# that was taken to be short, and is not.  (Or it was sent early for the sake of its inputs: they
+# are here now, and stay here when it goes back.)
 
 LATE_US = 10_000  # what has been ready for so long, and has not begun, goes back
 
@@ -1963,7 +2216,7 @@ class Attempt:
     run_spec: tuple
     priority: tuple  # the task's, then the number: no two are alike
     inputs: "list[tuple]"  # [(key, attempt)]: the values that it is called with
-    wanted: bool  # a client waits for the result: it should ride along if it is small
+    wanted: bool  # a client wanted it when it was sent: a small result should ride along
     state: str = "waiting"
     # Non-empty in "waiting" only: the inputs that are not here.
     waiting_for: "dict[tuple, None] | tuple[()]" = ()
@@ -1981,7 +2234,12 @@ class Attempt:
 
 
 class WorkerMind(FetchingMind):
-    """What one worker has to do, and what it holds."""
+    """What one worker has to do, and what it holds.
+
+    What an attempt should be is its ``fate``, once something has sealed it, and before that whether
+    an input is missing (``goal``).  So a stimulus only decrees, and the edges do the rest; several
+    things that seal it in one stimulus leave one end, and one message.
+    """
 
     TRANSITIONS = edges(
         waiting="ready returned erred", ready="executing returned", executing="finished erred"
@@ -1996,7 +2254,15 @@ class WorkerMind(FetchingMind):
         self.leaving = False
 
     def stimulus_compute_task(self, peer, key, attempt, name, run_spec, places, order, wanted):
-        """[7] The scheduler sends an attempt: fetch its inputs, then it is ready."""
+        """[7] The scheduler sends an attempt: fetch its inputs, then it is ready.
+
+        ``places`` are the inputs, (key, attempt, holders); ``order`` is the task's priority.  The
+        holders are those of the moment when it was sent: one may have freed the value since, or be
+        dead; who does not find it there says so, and the scheduler knows better by then.
+
+        An attempt goes back at once if this worker is about to leave, of which the scheduler had
+        not heard; or if it is a copy of what is here already.
+        """
         inputs = {(key, number): holders for key, number, holders in places}
         new = Attempt(attempt, key, name, run_spec, (*order, attempt), list(inputs), wanted)
         self.attempts[attempt] = new
@@ -2011,7 +2277,10 @@ class WorkerMind(FetchingMind):
         self.settle()
 
     def stimulus_take(self):
-        """[8] A thread is free: the Attempt that it shall run, or None."""
+        """[8] A thread is free: the Attempt that it shall run, or None.
+
+        From here on there is no way back: nothing interrupts a thread.
+        """
         attempt = self.ready.peek()
         if attempt is not None:
             self.decree(attempt, "executing")
@@ -2019,7 +2288,10 @@ class WorkerMind(FetchingMind):
         return attempt
 
     def stimulus_give_back(self, peer, attempts):
-        """The scheduler does not need these any more; those that have begun run to their end."""
+        """The scheduler does not need these any more; those that have begun run to their end.
+
+        One that is not here has ended: its end and this request cross.
+        """
         for attempt in [self.attempts.get(number) for number in attempts]:
             if attempt is not None and attempt.state != "executing":
                 self.give_back(attempt)
@@ -2028,7 +2300,8 @@ class WorkerMind(FetchingMind):
     def stimulus_time_passes(self, now_us):
         """What has been ready for too long, behind something that takes long, goes back.
 
-        Only its thread could have told the scheduler that what runs was expected to be short.
+        Only its thread could have told the scheduler that what runs was expected to be short.  What
+        still waits for an input stays, since it would wait for that elsewhere, too.
         """
         for attempt in self.ready:
             attempt.ready_us = attempt.ready_us or now_us
@@ -2037,7 +2310,10 @@ class WorkerMind(FetchingMind):
         self.settle()
 
     def stimulus_leave(self):
-        """This worker has to go: what has not begun goes back, and nothing new is taken."""
+        """This worker has to go: what has not begun goes back, and nothing new is taken.
+
+        What it holds stays until the scheduler, which has it copied first, says good-bye.
+        """
         self.leaving = True
         self.send(SCHEDULER, "leave")  # First: else the scheduler might send it back to us.
         for attempt in self.attempts.values():
@@ -2046,24 +2322,36 @@ class WorkerMind(FetchingMind):
         self.settle()
 
     def stimulus_put_data(self, client, key, attempt, value):
-        """A client puts data here; the body has stored it."""
+        """A client puts data here; the body has stored it.
+
+        It came by a data connection, so nothing follows from it but a claim on the scheduler's
+        stream.  If the client has let go of the data meanwhile, the answer is "free-keys".
+        """
         self.data[key, attempt] = None
         self.send_name(SCHEDULER, "add-keys", (key, attempt))
 
     def stimulus_finished(self, number, nbytes, type, duration_us, value):
-        """[10] A thread has a result.  ``value`` are its frames, if it is to ride along."""
+        """[10] A thread has a result.  ``value`` are its frames, if it is to ride along.
+
+        It is held also if nobody needs it any more, as this worker cannot know; then the scheduler
+        answers its end with "free-keys".
+        """
         attempt = self.attempts[number]
         self.data[attempt.key, number] = None  # Until the scheduler says otherwise.
         self.decree(attempt, "finished", nbytes, type, duration_us, value)
         self.settle()
 
     def stimulus_failed(self, number, exception):
-        """A thread met an exception."""
+        """A thread met an exception; ``exception`` are the frames of it."""
         self.decree(self.attempts[number], "erred", exception)
         self.settle()
 
     def stimulus_free_keys(self, peer, names):
-        """The scheduler says that nobody needs these values."""
+        """The scheduler says that nobody needs these values.
+
+        They are here: the scheduler frees only what this worker has claimed to hold, each claim
+        once.  A thread that runs with one as its input has a reference of its own.
+        """
         for name in names:
             del self.data[name]
             # Normal for an attempt that was abandoned, or whose input was struck: without its
@@ -2073,7 +2361,12 @@ class WorkerMind(FetchingMind):
         self.settle()
 
     def arrived(self, name, ok, value):
-        """A copy of a value is here; or its holder cannot pickle it, and nobody can use it."""
+        """A copy of a value is here; or its holder cannot pickle it, and nobody can use it.
+
+        The copy is kept and claimed, since others may need it: each transfer makes the next ones
+        spread over one more holder.  What cannot be pickled fails those that need it, with the
+        exception that says so: it would be the same wherever they run, but on its holder.
+        """
         if ok:
             self.data[name] = None
             self.send_name(SCHEDULER, "add-keys", name)
@@ -2086,14 +2379,20 @@ class WorkerMind(FetchingMind):
                 self.decree(attempt, "erred", value)
 
     def missed(self, name, misses):
-        """No holder gave this value: the attempts that need it go back, and say so."""
+        """No holder gave this value: the attempts that need it go back, and say so.
+
+        One stimulus may tell of several that are missed, say when a link breaks: then each is added
+        to those before.  Whether it was worth a strike is for the scheduler to say.
+        """
         for attempt in self.needed_by.get(name, ()):
             self.decree(attempt, "returned", [*(attempt.told or [[]])[0], (*name, misses)])
 
     def give_back(self, attempt):
+        """It has to be placed again, though it missed nothing."""
         self.decree(attempt, "returned", [])
 
     def decree(self, attempt, fate, *told):
+        """Seal what becomes of it; ``told`` are the fields of the message that will say so."""
         attempt.fate, attempt.told = fate, told
         self.mark(attempt)
 
@@ -2105,6 +2404,7 @@ class WorkerMind(FetchingMind):
         return len(self.attempts)
 
     def leave_waiting(self, attempt):
+        """Its inputs are here, or it does not need them any more."""
         attempt.waiting_for = ()
 
     def enter_ready(self, attempt):
@@ -2112,6 +2412,7 @@ class WorkerMind(FetchingMind):
         self.ready.push(attempt)
 
     def leave_ready(self, attempt):
+        """A thread has taken it, or it goes back."""
         self.ready.discard(attempt)
 
     def enter_executing(self, attempt):
@@ -2126,7 +2427,11 @@ class WorkerMind(FetchingMind):
                 self.wanted.pop(name, None)
 
     def enter_finished(self, attempt):
-        """An attempt ends once, by one message."""
+        """An attempt ends once, by one message.
+
+        It is out of the table before that is sent; so whatever the scheduler has said about it, and
+        comes later, finds nothing here, and is dropped.
+        """
         del self.attempts[attempt.number]
         self.enter_executing(attempt)
         self.send(SCHEDULER, f"task-{attempt.fate}", attempt.number, *attempt.told)
