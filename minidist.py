@@ -442,8 +442,8 @@ class FetchingMind(Mind):
     def stimulus_link_lost(self, holder):
         """The connection to a holder broke: what was asked there is missed there.
 
-        That may be a fault of the network between two that are both alive, which nobody here can
-        tell from a dead holder; so the next one is asked, and the scheduler hears of it in the end.
+        A fault between two that are both alive looks just like a dead holder from here; so the next
+        one is asked, and the scheduler hears of it in the end.
         """
         for name in list(self.asked.get(holder, ())):
             self.end_request(holder, name, missed=True)
@@ -708,7 +708,7 @@ class ClientMind(FetchingMind):
     def stimulus_key_cancelled(self, peer, key, want, text):
         """The scheduler does not know this want any more.
 
-        So it leaves the table, whatever is here; but what is final stays what it is for the user.
+        So it leaves the table; but what is final stays what it is for the user.
         """
         state = self.futures.get(key)
         if state is not None and state.want == want:
@@ -772,7 +772,6 @@ class ClientMind(FetchingMind):
         self.news.append(state)
 
     def fetch(self, state):
-        """Fetch its value, if somebody waits for it and it is not here."""
         if state.asked and state.status == "finished" and not state.value:
             self.need((state.key, state.attempt), state.holders)
 
@@ -896,11 +895,12 @@ class TaskState:
     # In "erred" only, or on the way there: (frames, or none where nothing was pickled; kind; words)
     error: tuple = ()
 
-    # What has gone wrong, and was not its own fault:
+    # What has gone wrong, and was not its own fault.  (The scheduler's mind explains these words in
+    # ``miss``, ``suspect`` and ``strike``.)
     misses: int = 0  # how often one of its inputs, or its value, could not be had
-    suspect: bool = False  # it was on a worker that died, and has not ended since: see ``suspect``
+    suspect: bool = False  # it was on a worker that died, and has not ended since
     deaths: tuple = ()  # the workers that died while it was alone there, and how
-    stuck: bool = False  # somebody could not fetch the only copy there is: see ``strike``
+    stuck: bool = False  # somebody could not fetch the only copy there is
     # Of data only:
     givers: "dict[ClientState, bool] | tuple[()]" = ()  # who has it until it is in memory, and
     #                                                     whether all workers should get it
@@ -929,6 +929,7 @@ class WorkerState:
     short_us: int = 0  # of it: sent, and known to be short
     long: int = 0  # how many attempts are not known to be short
     load: int = 0  # which of SchedulerMind.by_load it stands in
+    # Why it is sent less, or nothing:
     alone: int = 0  # the attempt of a suspect, beside which nothing is sent
     late: bool = False  # it gave back what had waited too long behind something that still runs
     leaving: "dict[TaskState, None] | None" = None  # what is being copied before it goes
@@ -1179,6 +1180,7 @@ class SchedulerMind(Mind):
         """A client looks inside: rows of what is known of tasks, or of the workers so called.
 
         ``what`` names one of the methods below; ``keys`` are tasks' keys, or workers' names.
+        (Rows of pairs, and no dicts: the keys of those would have to be strings in JSON.)
         """
         self.send(client, "answer", number, getattr(self, f"facts_{what}")(keys))
 
@@ -1781,6 +1783,8 @@ class SchedulerMind(Mind):
 
     # Leaves: each changes a few facts, in both directions of a relation, and marks.
 
+    # (A task's rank is never another's: the order of submission decides between equal priorities.)
+
     def new_task(self, key, name, run_spec, priority=0, workers=(), loose=False, retries=0):
         self.submitted += 1
         rank = (-priority, self.submitted)
@@ -2033,7 +2037,8 @@ class SchedulerMind(Mind):
         just have been told to free it.  To free a replica that is good after all costs a transfer,
         or a computation; to keep one that cannot be had costs everybody who is sent there.  *Stuck*
         is what must not be freed: tasks that need it are placed on its holder, and not stolen from
-        there; nor is it handed over.  A second replica, wherever it comes from, ends that.
+        there; nor is it handed over.  A second replica, wherever it comes from, ends that.  (Stuck,
+        too, is what a worker was to copy, and its holder cannot pickle.)
         """
         for ws in [self.workers[holder] for holder in holders if holder in self.workers]:
             if ws in ts.who_has and (ts.run_spec or len(ts.who_has) > 1):
@@ -2196,7 +2201,7 @@ def check_transposes(some, field, others, transpose):
 # of each key; here an attempt has a few states, and a fetch that is under way is in another table.
 
 
-# Ten times the room that the scheduler fills: what has waited for that long waits behind something
+# Many times the room that the scheduler fills: what has waited for so long waits behind something
 # that was taken to be short, and is not.  (Or it was sent early for the sake of its inputs: they
 # are here now, and stay here when it goes back.)
 
@@ -2552,8 +2557,8 @@ class Connection:
     """
 
     def __init__(self):
-        self.outbox = []
-        self.writer = None
+        self.outbox = []  # messages that no batch has taken yet
+        self.writer = None  # until hands were shaken
         self.writing = None  # the task that writes what one turn of the loop could not
         self.following = None  # the task that reads, if whoever made this connection started one
         self.loop = asyncio.get_running_loop()
@@ -2567,7 +2572,10 @@ class Connection:
         await self.open(*await asyncio.wait_for(opening, LIMITS["handshake_seconds"]), role, worker)
 
     async def open(self, reader, writer, role, worker="", accepting=False):
-        """Shake hands, and then send what waits."""
+        """Shake hands, and then send what waits.  Raises what ``shake_hands`` does.
+
+        Within a time limit: else whoever connects and says nothing would cost us a task for ever.
+        """
         try:
             handshake = shake_hands(reader, writer, role, worker, accepting)
             self.peer = await asyncio.wait_for(handshake, LIMITS["handshake_seconds"])
@@ -2580,14 +2588,22 @@ class Connection:
     def send(self, message):
         """[3] Append to the outbox; it is flushed at the end of the current turn of the loop.
 
-        No timer: an idle system sends at once, a busy one makes larger batches by itself.
+        No timer: an idle system sends at once, a busy one makes larger batches by itself.  (A turn
+        handles all that has come in since the last one; the more that is, the more there is to say
+        at its end.)  Nor does it wait: a mind that could be held up by one slow peer would hold up
+        all others.
         """
+        # dask: sends what has gathered, in intervals of a few milliseconds.
         self.outbox.append(message)
         if len(self.outbox) == 1 and self.writer and not self.writing:
             self.loop.call_soon(self.flush)
 
     def flush(self):
-        """Write one batch; if it is large, or the peer is slow, in a task."""
+        """Write one batch; if it is large, or the peer is slow, in a task.
+
+        One batch at a time, so that order is kept: while a task writes, what is sent waits in the
+        outbox, and the task ends with another flush.
+        """
         if not self.outbox or not self.writer or self.writer.is_closing():
             return
         batch = self.outbox[: LIMITS["batch_messages"]]
@@ -2618,7 +2634,7 @@ class Connection:
         self.flush()
 
     async def receive(self):
-        """The checked messages of the next batch."""
+        """The checked messages of the next batch.  Raises what ``read_batch`` does."""
         return await read_batch(self.reader, self.peer)
 
     def hang_up(self):
@@ -3055,7 +3071,10 @@ class Body:
         return task
 
     async def stop(self):
-        """Send what waits; cancel its tasks, and wait until they are gone."""
+        """Send what waits; cancel its tasks, and wait until they are gone.
+
+        So nothing of it goes on when it has closed, in a loop that may be the user's.
+        """
         for link in self.links.values():
             link.flush()
         others = [task for task in self.tasks if task is not asyncio.current_task()]
@@ -3064,7 +3083,7 @@ class Body:
         await asyncio.gather(*others, return_exceptions=True)
 
     async def listen(self, host, port):
-        """Serve whoever connects; ``address`` says where."""
+        """Serve whoever connects; ``address`` says where.  Raises OSError if the port is taken."""
         self.server = await asyncio.start_server(self.accept, host, port, limit=4 * CHUNK)
         port = self.server.sockets[0].getsockname()[1]
         self.address = f"tcp://{reachable(host)}:{port}"
@@ -3088,7 +3107,12 @@ class Body:
             writer.close()
 
     async def follow(self, peer, connection, batch=()):
-        """[4] A peer's checked messages, until its stream ends: each one's op names a stimulus."""
+        """[4] A peer's checked messages, until its stream ends: each one's op names a stimulus.
+
+        ``batch`` are those that were read before it was known who the peer is.  All of a batch are
+        given to the mind before it is flushed, so that the answers make one batch, too.  What a
+        peer sends can do no more than end its own stream; others are served on.
+        """
         self.links[peer] = connection
         try:
             while True:
@@ -3137,7 +3161,10 @@ class Body:
                     self.start(self.links[peer].close())
 
     async def reach(self, holder, connection):
-        """A data connection to a holder of values, from when it is first needed until it breaks."""
+        """A data connection to a holder of values, from when it is first needed until it breaks.
+
+        If nobody is there, that is the same to the mind as a connection that broke later.
+        """
         try:
             await connection.connect(holder.partition("#")[0], self.role, holder)
         except (OSError, EOFError):
@@ -3199,6 +3226,11 @@ async def reach_scheduler(address, body, timeout):
 # process and one thread, so what a task costs here bounds the rate of the whole cluster; and if it
 # ends, the cluster does: what it knows is nowhere else.
 #
+# Since a mind is told everything by stimuli, time included, and decides nothing by chance, a file
+# of all its stimuli is all there is to know of a run.  So a scheduler can record them, with what
+# it answered; ``replay`` finds the line after which a mind of today says something else, or its
+# books do not balance.  What users computed is not in the file: frames stand there as digests.
+#
 # dask: the same; its scheduler's handlers and its state are one class.
 
 
@@ -3237,7 +3269,10 @@ class Scheduler(Body):
         return self
 
     async def close(self):
-        """Hang up on everybody.  Workers end, and clients' pending futures are cancelled."""
+        """Hang up on everybody.  Workers end, and clients' pending futures are cancelled.
+
+        What the cluster holds is gone with it.  Twice is harmless.
+        """
         if self.server:
             self.server.close()
         deadline = time.monotonic() + 1
@@ -3251,7 +3286,11 @@ class Scheduler(Body):
         self.ended.set()
 
     async def tell_time(self):
-        """The mind has no clock; it is told the time often enough to miss who is silent."""
+        """The mind has no clock; it is told the time often enough to miss who is silent.
+
+        By the monotonic clock: the time of day may be set back, or forward by an hour, and then
+        every worker would have been silent for too long.
+        """
         while True:
             self.stimulate("time-passes", [time.monotonic_ns() // 1000])
             self.flush()
@@ -3284,7 +3323,11 @@ class Scheduler(Body):
             self.flush()
 
     def take(self, peer, op, fields):
-        """Only who has registered, once, is listened to."""
+        """Only who has registered, once, is listened to.
+
+        What a worker has sent before it heard that it was taken for dead is still read, and must
+        not count: its tasks were placed again.
+        """
         known = peer in self.state.workers or peer in self.state.clients
         if op.startswith("register-"):
             if known:
@@ -3385,6 +3428,10 @@ def replay(path, validate=True):
 # Two things are done once for many tasks: a thread wakes the loop, to send what the mind has to
 # say, only if nobody else has since it sent last; and the loop wakes no more threads than there
 # are ready attempts.
+#
+# The mind has the names of the values that are held, the body the values: ``store`` changes under
+# the same lock as ``state.data``, so that nobody is told of a value which is not there.  Threads
+# add to it; only the loop removes from it, since frees come with the scheduler's messages.
 
 WORKER = contextvars.ContextVar("the worker whose task this is")
 
@@ -3463,7 +3510,12 @@ class Worker(Body):
         return self
 
     async def give_signs_of_life(self, interval_seconds):
-        """A connection may stay open though its process is frozen or its host gone."""
+        """A connection may stay open though its process is frozen or its host gone.
+
+        These come from the loop, not from the tasks' threads: a long task does not make a worker
+        look dead.  But one that holds the interpreter's lock in compiled code for longer than the
+        scheduler's patience does.
+        """
         while True:
             self.scheduler.send({"op": "heartbeat"})
             await asyncio.sleep(interval_seconds)
@@ -3471,7 +3523,8 @@ class Worker(Body):
     async def leave(self):
         """Hand over what exists nowhere else, and go.  Running tasks are not waited for.
 
-        The scheduler copies it to other workers, and says good-bye when that is done.
+        The scheduler copies it to other workers, and says good-bye when that is done; then this
+        returns.  Tasks that still run here run again elsewhere.
         """
         with self.lock:
             self.state.stimulus_leave()
@@ -3479,7 +3532,11 @@ class Worker(Body):
         await asyncio.wait([self.finished])
 
     async def close(self):
-        """Leave at once.  Running tasks are not waited for; nothing is handed over."""
+        """Leave at once.  Running tasks are not waited for; nothing is handed over.
+
+        To the scheduler this is a lost worker: results that are still needed are computed again.
+        A thread cannot be stopped: one that runs a task ends when that does.
+        """
         self.server.close()
         await self.stop()
         await self.scheduler.close()
@@ -3489,7 +3546,7 @@ class Worker(Body):
 
     @property
     def data(self):
-        """{key: value} of what this worker holds."""
+        """{key: value} of what this worker holds: a new dict, which changes nothing here."""
         with self.lock:
             return {name[0]: self.unpacked(name) for name in self.store}
 
@@ -3528,7 +3585,11 @@ class Worker(Body):
     # Threads.
 
     def run_thread(self):
-        """Take ready attempts and run them, until the worker closes."""
+        """Take ready attempts and run them, until the worker closes.
+
+        The next attempt may begin before the loop has sent the end of this one: a thread never
+        waits for the network.
+        """
         WORKER.set(self)
         while self.run_next():
             if not self.waking:
@@ -3554,6 +3615,9 @@ class Worker(Body):
         """[9] Unpickle the call, run it, and tell the mind what came of it.
 
         The result is pickled here, in the task's thread, if a client is waiting for it.
+
+        Whatever goes wrong in here is this task's failure, and nobody else's: a call
+        that cannot be unpickled, an exception that cannot be pickled, ``SystemExit``.
         """
         try:
             try:
@@ -3599,7 +3663,10 @@ class Worker(Body):
         return value
 
     async def run(self, coroutine):
-        """A task's coroutine, cancelled when the worker closes: its thread waits for it."""
+        """A task's coroutine, cancelled when the worker closes: its thread waits for it.
+
+        It shares the loop with the worker: one that does not await holds up the heartbeats.
+        """
         return await self.start(coroutine)
 
     # Data connections.  What comes by them is entered in the mind's books only as far as rule three
@@ -3628,7 +3695,8 @@ class Worker(Body):
     async def answer_run(self, connection, number, run_spec):
         """Run a function outside of the task system, for Client.run.
 
-        It takes none of the tasks' threads: it must be able to look at a worker that is busy.
+        It takes none of the tasks' threads: it must be able to look at a worker that is busy.  The
+        answer goes by the connection on which it was asked; if that is gone, nobody waits for it.
         """
         try:
             WORKER.set(self)
@@ -3645,7 +3713,10 @@ class Worker(Body):
         connection.send(dict(op="ran", number=number, status=status, value=value))
 
     async def give(self, name):
-        """What to answer for a value: its frames, that it is not here, or why it is of no use."""
+        """What to answer for a value: its frames, that it is not here, or why it is of no use.
+
+        "missing" is normal: it was freed while the request was under way.
+        """
         if name not in self.store:
             return dict(status="missing", value=())
         value = self.store[name]
@@ -3699,7 +3770,7 @@ RESERVED = {"resources", "actor", "fifo_timeout"}  # options of dask's that are 
 
 
 class DoneAndNotDoneFutures(namedtuple("DoneAndNotDoneFutures", "done not_done")):
-    """What ``wait`` returns."""
+    """What ``wait`` returns: the set of futures that are done, and the set of the others."""
 
     def __await__(self):
         """So that ``wait([])`` can be awaited too, which knows of no client."""
@@ -3738,6 +3809,7 @@ class Future(Shown):
         self._live = [None]  # popped once, by whoever releases it: list.pop is atomic
 
     def _known(self):
+        """Its state; to have one, the loop has to act on what was posted so far."""
         if self._state is None:
             self.client._run(self.client._catch_up())
         return self._state
@@ -3747,6 +3819,7 @@ class Future(Shown):
         """ "pending", "finished", "error" or "cancelled".
 
         What is finished can be pending again: its result was lost, and is being computed anew.
+        That is what this client was told last; nobody is asked for it.
         """
         return self._known().status
 
@@ -3761,10 +3834,14 @@ class Future(Shown):
         return next((vars(m)[name] for m in here if name in vars(m)), name or None)
 
     def done(self):
-        """Whether it is finished, erred or cancelled."""
+        """Whether it is finished, erred or cancelled: whether ``result`` need not wait for a task.
+
+        (It may still have to wait for a value that is on its way.)
+        """
         return self.status != "pending"
 
     def cancelled(self):
+        """Whether there will be no result, though the task did not fail: see ``CancelledError``."""
         return self.status == "cancelled"
 
     def _get(self, read, timeout, value=False):
@@ -3787,7 +3864,10 @@ class Future(Shown):
         return self._get(failure, timeout)
 
     def traceback(self, timeout=None):
-        """Wait; return the traceback of ``exception()``: its frames name the worker's code."""
+        """Wait; return the traceback of ``exception()``: its frames name the worker's code.
+
+        None if it raised nothing.  Takes and raises what ``exception`` does.
+        """
         return self._get(lambda state: getattr(failure(state), "__traceback__", None), timeout)
 
     def cancel(self):
@@ -3801,6 +3881,7 @@ class Future(Shown):
     def add_done_callback(self, function):
         """Call ``function(future)`` in a thread for callbacks, as soon as it is done.
 
+        Returns at once.  If the future is done already, it is called soon.
         What it raises is logged.  All callbacks of this process share one thread, which is not the
         loop's: so a callback may wait for other futures, but holds up the callbacks after it.
         """
@@ -3827,7 +3908,8 @@ class Future(Shown):
 
     def __del__(self):
         # No lock, no I/O: the collector may call this anywhere.  After a fork the parent's
-        # futures are none of the child's business.
+        # futures are none of the child's business.  (No lambda, which would bring back to life
+        # what is being deleted.)
         try:
             if self._state is not None and self.client._pid == os.getpid():
                 self._live.pop()
@@ -3836,12 +3918,18 @@ class Future(Shown):
             pass  # Released before, or the interpreter is going down.
 
     def __await__(self):
+        """``await future`` is ``await future.result()``; TypeError for a synchronous client's."""
         if not self.client.asynchronous:
             text = "only futures of a Client(asynchronous=True) can be awaited: use result()"
             raise TypeError(text)
         return self.result().__await__()
 
     def __reduce__(self):
+        """Among a call's arguments, note that it is one of them, and become its value there.
+
+        Anywhere else a TypeError.  A pickled future that is nowhere noted keeps nothing alive: what
+        it stands for might be freed before it is unpickled.
+        """
         if CONTEXT.collected is None:
             # dask: a Future may be pickled anywhere; it binds itself to its worker's client later.
             text = "a Future can be pickled only inside the arguments of submit or map"
@@ -3955,7 +4043,9 @@ class Threaded(Shown):
     def close(self, timeout=None):
         """End it, and what belongs to it.  Twice is harmless.
 
-        Raises TimeoutError if that takes more than ``timeout`` seconds.
+        A client's pending futures are cancelled; results that are here stay readable, all others
+        are let go.  A cluster that it has started for itself ends, too.  Raises TimeoutError if
+        that takes more than ``timeout`` seconds.
         """
         if self.asynchronous:
             return self._close()
@@ -4077,7 +4167,12 @@ class Client(Threaded, Body):
             await self.cluster._close()
 
     def shutdown(self):
-        """End the whole cluster, and close."""
+        """End the whole cluster, and close.
+
+        The scheduler says good-bye to its workers and ends; other clients' pending futures are
+        cancelled.  Raises RuntimeError if this client is closed, ConnectionError if the scheduler
+        was lost.
+        """
         self._check_open()
         self._post(self.state.send, SCHEDULER, "shutdown")
         return self.close()
@@ -4095,6 +4190,7 @@ class Client(Threaded, Body):
         self.flush()
 
     def take(self, peer, op, fields):
+        """What a user asked for outside of futures, and warnings, are not the mind's business."""
         if op == "warning":
             logger.warning("%s", fields["text"])
         elif op in ("answer", "ran"):
@@ -4104,7 +4200,10 @@ class Client(Threaded, Body):
             super().take(peer, op, fields)
 
     def flush(self):
-        """Send what the mind has in its outbox; wake who waits for what it has news of."""
+        """Send what the mind has in its outbox; wake who waits for what it has news of.
+
+        Each looks at the state itself, and waits on if it is not yet what it waits for.
+        """
         super().flush()
         news, self.state.news = self.state.news, []
         for state in news:
@@ -4125,7 +4224,9 @@ class Client(Threaded, Body):
     def _post(self, *entry):
         """Leave ``function, *arguments`` for the loop.  Any thread may call this, at any moment.
 
-        The append needs no lock: a deque's is atomic.
+        The append needs no lock: a deque's is atomic.  Two threads may both find the loop asleep,
+        and wake it twice; none can find it awake when it is not, since ``_drain`` says so before it
+        looks into the inbox.
         """
         self._inbox.append(entry)
         if not self._waking:
@@ -4184,7 +4285,10 @@ class Client(Threaded, Body):
         return finish()
 
     async def _settle(self, futures, timeout=None, value=False, enough=None):
-        """The part of ``_wait_for`` that is in the loop."""
+        """The part of ``_wait_for`` that is in the loop.
+
+        States and not futures are waited for: two futures of one key are one thing to wait for.
+        """
         await self._catch_up()
         left = {future._state: None for future in futures}
         total, ready = len(left), self._loop.create_future()
@@ -4414,13 +4518,20 @@ class Client(Threaded, Body):
     def cancel(self, futures, force=False):
         """Let these tasks go, and those that depend on them; what has not begun will not run.
 
-        What runs already runs to its end, and its result is dropped.  Other clients that want
-        the same keep it, unless ``force``.
+        ``futures`` is a future or a collection of them.  What runs already runs to its end, and its
+        result is dropped: no thread can be stopped from outside.  Other clients that want the same
+        keep it, unless ``force``.  Returns None, without waiting for the cluster; from then on
+        these futures are cancelled, but a result that has come to this client stays readable.
+        Raises ValueError for another client's futures.
         """
         return self._act(self.state.stimulus_cancel, list(leaves_of(futures)), bool(force))
 
     def retry(self, futures):
-        """Run tasks that failed once more, and those of their inputs that failed."""
+        """Run tasks that failed once more, and those of their inputs that failed.
+
+        Also what failed because they did.  Futures that have not failed are left alone.  Returns
+        None; the futures are pending then.  Raises ValueError for another client's futures.
+        """
         return self._act(self.state.stimulus_retry, list(leaves_of(futures)))
 
     # Looking inside.
@@ -4450,7 +4561,12 @@ class Client(Threaded, Body):
         return facts
 
     def who_has(self, futures=None):
-        """{key: addresses of the workers that hold it}, of these futures or of all there are."""
+        """{key: addresses of the workers that hold it}, of these futures or of all there are.
+
+        A key that nobody holds has an empty list; one that the scheduler does not know is left out.
+        Like all that looks inside, it asks the scheduler, and raises RuntimeError if this client is
+        closed, ConnectionError if the scheduler is lost.
+        """
         return self._run(self._ask("who_has", [future.key for future in leaves_of(futures)]))
 
     def has_what(self, workers=None):
@@ -4461,7 +4577,10 @@ class Client(Threaded, Body):
         return self._run(self._ask("has_what", names_of(workers)))
 
     def processing(self, workers=None):
-        """{address: keys of the tasks that were sent to the worker, and have not ended}"""
+        """{address: keys of the tasks that were sent to the worker, and have not ended}
+
+        They run there, or will soon.  What waits for room is on the scheduler, and not in here.
+        """
         return self._run(self._ask("processing", names_of(workers)))
 
     def nthreads(self, workers=None):
@@ -4503,6 +4622,7 @@ class Client(Threaded, Body):
         """The transitions of tasks: [(key, start, finish, attempt, worker)]
 
         ``keys`` are keys or futures.  The scheduler remembers the last transitions of all tasks.
+        ``attempt`` is 0, and ``worker`` an empty string, where there is none.
         This is where to look when something runs twice, late, or not at all.
         """
 
@@ -4534,7 +4654,9 @@ class Client(Threaded, Body):
 
         Returns {address: result}.  Coroutine functions are awaited; a parameter ``dask_worker``
         gets the Worker.  ``on_error`` is "raise", "return" (the exception in the result's place)
-        or "ignore".
+        or "ignore" (no result of that worker).  All workers are waited for; then the first
+        exception is raised.  It is ConnectionError for a worker that has gone meanwhile.  Raises
+        TypeError for a future among the arguments, or for what cannot be pickled.
 
         For a look at the workers' processes, or to prepare them: it takes no thread from tasks,
         and workers that come later know nothing of it.
@@ -4634,7 +4756,9 @@ def default_client():
 def fire_and_forget(obj):
     """Let tasks run to their end though nobody keeps their futures; the results are dropped.
 
-    Also when the client has gone.  For what is called for its effect, like writing a file.
+    Also when the client has gone.  For what is called for its effect, like writing a file.  ``obj``
+    is a future, or futures in nested containers.  Returns None at once.  What such a task raises
+    nobody is told: keep a future where that matters.
     """
     for future in futures_of(obj):
         future.client._post(lambda f=future: f.client.state.stimulus_fire_and_forget([f._state]))
@@ -4643,6 +4767,7 @@ def fire_and_forget(obj):
 def wait(fs, timeout=None, return_when=ALL_COMPLETED):
     """Wait for futures: ``(done, not_done)``, two sets.
 
+    ``fs`` is a collection of futures.
     ``return_when`` is ALL_COMPLETED, FIRST_COMPLETED or (beyond dask) FIRST_EXCEPTION.
     Raises TimeoutError after ``timeout``, CancelledError if one of them was cancelled; errors of
     tasks are not raised.  No result is fetched.
@@ -4675,7 +4800,8 @@ class as_completed:
     its traceback stand in the result's place.  After ``timeout`` seconds, counted from here,
     TimeoutError is raised.
 
-    More futures may be added meanwhile: those of calls that a result makes worth trying.
+    More futures may be added meanwhile: those of calls that a result makes worth trying.  Futures
+    of one iterator belong to one client.  (``loop`` has no effect; dask has it.)
     """
 
     def __init__(
@@ -4694,7 +4820,10 @@ class as_completed:
         self._news = asyncio.Event()  # set when something is ready
 
     def add(self, future):
-        """Wait for one more; this may be done while iterating."""
+        """Wait for one more; this may be done while iterating, and after it has ended.
+
+        Raises TypeError for what is no future.
+        """
         if not isinstance(future, Future):
             raise TypeError(f"as_completed goes over futures, not {future!r:.80}")
         self._left += 1
@@ -4716,6 +4845,7 @@ class as_completed:
         return self._left
 
     def is_empty(self):
+        """Whether all that was added has been yielded; then the iteration ends, for now."""
         return not self._left
 
     def has_ready(self):
@@ -4723,7 +4853,10 @@ class as_completed:
         return bool(self._ready)
 
     def next_batch(self, block=True):
-        """All that are done, as a list; with ``block``, at least one."""
+        """All that are done, as a list; with ``block``, at least one, for which it waits.
+
+        For an iteration by ``for``, whose client is synchronous.
+        """
         batch = [next(self)] if block else []
         return batch + [next(self) for _ in range(len(self._ready))]
 
@@ -4837,6 +4970,8 @@ class Bars:
 def progress(*futures, notebook=None, multi=True, complete=True):
     """Draw how far futures are: a bar for each function name (not ``multi``: one for all).
 
+    ``futures`` may be nested in containers.  Returns None (outside of notebooks, for futures of an
+    asynchronous client: an awaitable).
     In a terminal, on standard error, this waits until they are done; so does it, without a bar,
     where there is no terminal.  In a notebook (``notebook=None`` finds out) it returns at once,
     and the bars go on.  ``complete=False`` leaves out what is done already.
