@@ -889,7 +889,7 @@ class TaskState:
     # In "memory" only:
     who_has: "dict[WorkerState, None] | tuple[()]" = ()  # transpose: WorkerState.has_what
     copying: "dict[int, WorkerState] | tuple[()]" = ()  # transpose: WorkerState.arriving
-    nbytes: int = 0
+    nbytes: int = 0  # (of data it is known before; and so is its type)
     type: str = ""
     value: tuple = ()  # frames that came with the news, until the clients were told
     # In "erred" only, or on the way there: (frames, or none where nothing was pickled; kind; words)
@@ -904,7 +904,7 @@ class TaskState:
     # Of data only:
     givers: "dict[ClientState, bool] | tuple[()]" = ()  # who has it until it is in memory, and
     #                                                     whether all workers should get it
-    lost: str = ""  # with which worker
+    lost: str = ""  # with which worker (known of calls, too, which have no use for it)
     why: str = ""  # why it cannot be computed again, though once it was
 
     def __repr__(self):
