@@ -581,6 +581,12 @@ class ClientMind(FetchingMind):
         stays short.  Returns the FutureState.
         """
         if state := self.known(key):
+            if broadcast and self.current(key, state.want):
+                # It may be on one worker only.  That is a new want: should it have been lost or
+                # cancelled meanwhile, then this client gives it once more.
+                state.want, state.data = self.next_want(), data
+                self.become(state, "pending")
+                self.send(SCHEDULER, "scatter", key, state.want, nbytes, type, workers, True)
             return state
         self.futures[key] = state = FutureState(key, self.next_want(), data=data)
         self.send(SCHEDULER, "scatter", key, state.want, nbytes, type, workers, broadcast)
@@ -591,8 +597,10 @@ class ClientMind(FetchingMind):
 
         It may say so again, with another attempt, after the worker is lost or the put has failed.
         """
-        # (Another want: that data was let go while the message was under way.)
-        if (state := self.current(key, want)) and state.data:
+        # Whatever the number of the want: if the scheduler has let go of that attempt, it will have
+        # the value freed where it was put.
+        state = self.futures.get(key)
+        if state is not None and state.data:
             state.put = (worker, attempt)
             self.send(worker, "put-data", key, attempt, state.data)
 
@@ -3537,9 +3545,10 @@ class Worker(Body):
         To the scheduler this is a lost worker: results that are still needed are computed again.
         A thread cannot be stopped: one that runs a task ends when that does.
         """
-        self.server.close()
-        await self.stop()
-        await self.scheduler.close()
+        if self.server:  # Else it has not been started.
+            self.server.close()
+            await self.stop()
+            await self.scheduler.close()
         with self.lock:
             self.closed = True
             self.lock.notify_all()
@@ -4895,6 +4904,8 @@ class as_completed:
     def __next__(self):
         if not self._left:
             raise StopIteration
+        if not self._ready and self.client.asynchronous:
+            raise TypeError("the futures of an asynchronous client need async for, not for")
         if not self._ready:
             self.client._run(self._wait())
         return self._take()

@@ -6,6 +6,8 @@ import re
 import threading
 import types
 
+import pytest
+
 import minidist
 from minidist import Client, Worker, wait
 from test_minidist import GATES, RUNS, environment, on_cluster, slow_pow, through, until  # noqa: F401
@@ -101,3 +103,24 @@ async def test_equal_pure_calls_run_once_while_the_first_future_lives(c, a, b):
     assert RUNS == ["x"]
     first.release()
     assert await c.submit(through, 0, "x") == "x" and RUNS == ["x"]
+
+
+@on_cluster
+async def test_data_that_is_there_can_be_broadcast_later(c, a, b):
+    data = await c.scatter({"d": 5})
+    assert len((await c.who_has(data))["d"]) == 1
+    again = await c.scatter({"d": 5}, broadcast=True)
+    assert len((await c.who_has(again))["d"]) == 2
+    assert await again["d"] == await data["d"] == 5
+
+
+@on_cluster
+async def test_an_asynchronous_client_needs_async_for(c, a, b):
+    done = minidist.as_completed([c.submit(abs, -1)])
+    with pytest.raises(TypeError, match="need async for"):
+        next(done)
+    assert [await future async for future in done] == [1]
+
+
+def test_a_worker_that_has_not_been_started_can_be_closed():
+    asyncio.run(Worker("127.0.0.1:8786").close())

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from minidist import ALLOWED_FAILURES, SCHEDULER
+from minidist import ALLOWED_FAILURES, SCHEDULER, ClientMind
 from test_minidist import Scheduler, WorkerByHand, client_with_x, sent
 
 
@@ -253,3 +253,16 @@ def test_a_client_tries_each_holder_and_then_reports_those_that_missed():
         ("v", "get-data"),
     ]
     assert x.status == "pending"
+
+
+def test_a_broadcast_of_data_that_is_known_is_a_new_want_of_it():
+    client = ClientMind()
+    x = client.stimulus_scatter("x", (b"1",), 8, "int")
+    client.stimulus_key_in_memory(SCHEDULER, "x", 1, 5, 8, "int", ["w"], ())
+    sent(client)
+    assert client.stimulus_scatter("x", (b"1",), 8, "int", [], True) is x
+    ((_, op, fields),) = sent(client)
+    assert (op, fields["want"], fields["broadcast"], x.status) == ("scatter", 2, True, "pending")
+    client.stimulus_key_cancelled(SCHEDULER, "x", 1, "lost, while that was under way")
+    client.stimulus_put(SCHEDULER, "x", 2, 6, "v")
+    assert [op for _, op, _ in sent(client)] == ["put-data"], "it is given once more"
