@@ -266,3 +266,13 @@ def test_a_broadcast_of_data_that_is_known_is_a_new_want_of_it():
     client.stimulus_key_cancelled(SCHEDULER, "x", 1, "lost, while that was under way")
     client.stimulus_put(SCHEDULER, "x", 2, 6, "v")
     assert [op for _, op, _ in sent(client)] == ["put-data"], "it is given once more"
+
+
+def test_a_miss_at_a_worker_that_holds_the_value_no_longer_strikes_nothing():
+    s = Scheduler("v", "w")
+    s.submit("x")
+    holder, attempt = s.finish("x")
+    sent(s)
+    s.stimulus_fetch_missed("c", "x", 1, attempt, ["v" if holder == "w" else "w"])
+    assert [(op, fields["holders"]) for _, op, fields in sent(s)] == [("key-in-memory", [holder])]
+    assert s.states() == {"x": "memory"}
