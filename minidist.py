@@ -1125,15 +1125,20 @@ class SchedulerMind(Mind):
             self.send(client, "key-cancelled", key, want, "it was cancelled before its retry")
             return
         self.want(cs, ts, want, tell=ts.state != "erred")
-        failed = [ts]
-        for each in failed:  # It grows meanwhile.
+        found, seen = [ts], {ts}
+        for each in found:  # It grows meanwhile.
+            more = ()
             if error := each.error:
                 # With the inputs that made it fail, and what failed because it did.
-                failed += [*each.dependencies, *(d for d in each.dependents if d.error == error)]
+                more = [*each.dependencies, *(d for d in each.dependents if d.error == error)]
                 each.error = ()
                 self.mark(each)
                 for wanting in each.who_wants:
                     self.send(wanting.id, "key-retried", each.key, wanting.wants_what[each])
+            elif each.state == "released":
+                more = each.dependencies  # Nobody wants it for itself; what failed is behind it.
+            found += [other for other in more if other not in seen]
+            seen.update(more)
         self.settle()
 
     def stimulus_fire_and_forget(self, client, names):
@@ -1854,7 +1859,8 @@ class SchedulerMind(Mind):
         How it was lost is kept for a while, for the submits that cross that news.
         """
         if not (ts.run_spec or ts.givers):
-            how = f"was lost with {ts.lost}" if ts.lost else "could not be put on any worker"
+            how = "cannot be computed again" if ts.why else "could not be put on any worker"
+            how = f"was lost with {ts.lost}" if ts.lost else how
             text = self.losses[ts.key] = f"the data {ts.key!r} {how}{ts.why}"
             forget_oldest(self.losses)
             self.cancel(ts, "waiters", text)
@@ -2022,6 +2028,7 @@ class SchedulerMind(Mind):
             self.mark(ts)
             self.changed[ws] = None  # It may steal what has to move less now.
             for cs in [cs for cs, about in self.complaints if about is ts]:
+                del self.complaints[cs, ts]
                 self.tell(cs, ts)
 
     def remove_replica(self, ts, ws):

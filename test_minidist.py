@@ -1228,6 +1228,7 @@ def honesty(cluster):
 def no_live_future_is_cancelled(cluster):
     """A future is cancelled only if somebody cancelled it, or data that it rests on was lost.
 
+    (Or let go: then a retry has nothing to compute it from.)
     Or what it is made from was cancelled; and its message says which it was.
     """
     for client, state in cluster.news:
@@ -1236,7 +1237,7 @@ def no_live_future_is_cancelled(cluster):
             lineage = cluster.lineage(state.key)
             by_user = any({(client, k), ("anybody", k)} & cluster.cancelled for k in lineage)
             data = [key for key in lineage if cluster.calls[key].name == "data"]
-            lost = cluster.seen["faults"] and data
+            lost = data and (cluster.seen["faults"] or "which was let go" in state.text)
             assert (by_user and "cancelled" in state.text) or (
                 lost and ("data" in state.text or "was cancelled" in state.text)
             ), state

@@ -624,3 +624,28 @@ def test_a_worker_that_leaves_gives_back_what_has_not_begun_and_takes_nothing_ne
     compute(w, 3)
     said = [(op, fields.get("attempt")) for _, op, fields in sent(w)]
     assert said == [("leave", None), ("task-returned", 2), ("task-returned", 3)]
+
+
+def test_a_retry_reaches_an_input_that_failed_behind_one_that_was_let_go():
+    s = Scheduler("w")
+    s.submit("x")
+    s.submit("y", "x")
+    s.submit("z", "y")
+    s.stimulus_task_erred("w", 1, (b"boom",))
+    s.release("y")
+    assert s.states() == {"x": "erred", "y": "released", "z": "erred"}
+    s.stimulus_retry("c", "z", 2)
+    assert s.states() == {"x": "processing", "y": "waiting", "z": "waiting"}
+
+
+def test_a_failed_task_whose_data_was_let_go_cannot_be_retried_and_says_why():
+    s = Scheduler("w")
+    scattered(s)
+    s.submit("y", "d")
+    s.stimulus_task_erred("w", s.tasks["y"].attempt, (b"boom",))
+    s.release("d")
+    sent(s)
+    s.stimulus_retry("c", "y", 2)
+    (cancelled,) = told(s, "c", "key-cancelled")
+    assert "'y' cannot be computed again; it was made from 'd', which was let go" in cancelled["text"]
+    assert s.states() == {}
