@@ -647,5 +647,7 @@ def test_a_failed_task_whose_data_was_let_go_cannot_be_retried_and_says_why():
     sent(s)
     s.stimulus_retry("c", "y", 2)
     (cancelled,) = told(s, "c", "key-cancelled")
-    assert "'y' cannot be computed again; it was made from 'd', which was let go" in cancelled["text"]
+    assert (
+        "'y' cannot be computed again; it was made from 'd', which was let go" in cancelled["text"]
+    )
     assert s.states() == {}
