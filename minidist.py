@@ -908,7 +908,7 @@ class TaskState:
     misses: int = 0  # how often one of its inputs, or its value, could not be had
     suspect: bool = False  # it was on a worker that died, and has not ended since
     deaths: tuple = ()  # the workers that died while it was alone there, and how
-    stuck: bool = False  # somebody could not fetch the only copy there is
+    stuck: bool = False  # the only copy could not be fetched, or not be pickled
     # Of data only:
     givers: "dict[ClientState, bool] | tuple[()]" = ()  # who has it until it is in memory, and
     #                                                     whether all workers should get it

@@ -651,3 +651,29 @@ def test_a_failed_task_whose_data_was_let_go_cannot_be_retried_and_says_why():
         "'y' cannot be computed again; it was made from 'd', which was let go" in cancelled["text"]
     )
     assert s.states() == {}
+
+
+def test_a_complaint_is_settled_by_the_first_copy_though_another_is_under_way():
+    s = Scheduler("w", clients="ce")
+    _, number = scattered(s)
+    s.stimulus_fetch_missed("c", "d", 1, number, ["w"])
+    for other in "uv":
+        s.stimulus_register_worker(other, other, 1, [], [])
+    s.stimulus_scatter("e", "d", 1, 8, "int", [], True)
+    s.stimulus_add_keys("u", [("d", number)])
+    sent(s)
+    s.stimulus_heartbeat("w")
+    assert not told(s, "c", "key-erred")
+
+
+def test_lost_data_cancels_also_what_begins_to_wait_for_it_in_the_same_moment():
+    s = Scheduler("v", "w")
+    _, number = scattered(s, workers=["name of w"])
+    s.submit("x", "d", workers=["name of v"])
+    s.stimulus_add_keys("v", [("d", number)])
+    s.finish("x")
+    s.submit("z", "d", workers=["name of v"])
+    sent(s)
+    s.stimulus_time_passes(31_000_000)
+    assert {fields["key"] for fields in told(s, "c", "key-cancelled")} == {"d", "x", "z"}
+    assert s.states() == {}
