@@ -191,7 +191,7 @@ def to_frames(value, frames):
 
     (A negative place is dropped: Python would count it from the table's end.)
     """
-    return tuple([frames[convert(int, place, ())] for place in value if place >= 0])
+    return tuple([frames[place] for place in value if place >= 0])
 
 
 def anything(value, frames):
@@ -202,11 +202,11 @@ FIELDS = {  # {field: its kind}, the same in every message
     field: kind
     for kind, fields in (
         (to_key, "key"),
-        (int, "want attempt nbytes nthreads duration_us ttl_us priority retries number"),
+        (int, "want attempt nbytes nthreads duration_us ttl_us priority order retries number"),
         (str, "id name type status text worker what"),
         (bool, "wanted loose broadcast force"),
         (to_frames, "run_spec value exception"),
-        ([int], "attempts order"),
+        ([int], "attempts"),
         ([str], "holders workers"),
         ([to_key], "keys"),
         (anything, "facts"),
@@ -297,9 +297,11 @@ class HeapSet(dict):
 
     def peek(self):
         """The item that is next, or None."""
-        while self.heap and self.heap[0][1] not in self:
+        while self.heap:
+            _, item = self.heap[0]
+            if item in self:
+                return item
             heapq.heappop(self.heap)
-        return self.heap[0][1] if self.heap else None
 
 
 class Mind:
@@ -854,6 +856,7 @@ UNKNOWN_US = 500_000  # what a task of an unmeasured function is taken for
 # dask: measures how fast workers transfer.
 TRANSFER_US = 1_000  # what any transfer costs, ...
 BYTES_PER_US = 100  # ... and how much is transferred in a microsecond: 100 MB/s
+MANY = 1 << 50  # more tasks than are ever submitted
 ALLOWED_FAILURES = 3  # a task may fail so often for reasons that are not its own
 
 
@@ -870,7 +873,7 @@ class TaskState:
 
     key: "str | tuple"
     name: str  # of the function: tasks of one name are expected to take equally long
-    priority: tuple  # (minus the user's, order of submission): the smallest goes first
+    priority: int  # the smallest goes first: see ``new_task``
     run_spec: tuple  # frames of the pickled call
     restrictions: tuple = ()  # names of the workers that may run it; (): any
     loose: bool = False  # others may, too, while there is none of these
@@ -1494,9 +1497,10 @@ class SchedulerMind(Mind):
             if ws is None:
                 break
             self.process(ts, ws)
-        for ws in [ws for ws in self.by_load[LEAVING] if not ws.leaving]:
+        for ws in list(self.by_load[LEAVING]):
             # Others may have come or gone since it was last looked at what only this one has.
-            self.hand_over(ws)
+            if not ws.leaving:
+                self.hand_over(ws)
             if not ws.leaving:
                 self.send(ws.id, "goodbye")
                 return self.stimulus_worker_left(ws.id, "it said good-bye")  # Then the next.
@@ -1512,13 +1516,13 @@ class SchedulerMind(Mind):
         head of a queue that does not fit does not hold up that of the other one, unless it is a
         suspect: then the worker would never be empty.
         """
-        heads = [ts for ts in (ws.queue.peek(), self.queue.peek()) if ts]
-        if len(heads) == 2 and heads[1].priority < heads[0].priority:
-            heads.reverse()
-        for ts in heads:
-            if self.has_room(ws, ts):
+        first, second = ws.queue.peek(), self.queue.peek()
+        if first and second and second.priority < first.priority:
+            first, second = second, first
+        for ts in (first, second):
+            if ts and self.has_room(ws, ts):
                 return ts
-            if ts.suspect:
+            if ts and ts.suspect:
                 return None  # Let this worker run empty.
         return self.steal(ws) if self.crowded and ws.load <= FREE and not ws.queue else None
 
@@ -1546,9 +1550,10 @@ class SchedulerMind(Mind):
         if ws.load <= self.most_load(ts):
             return True
         # One further task a thread is sent early if its inputs have to be fetched first.
-        early = not (ts.suspect or ws.alone or ws.late or ws.leaving is not None)
-        early = early and len(ws.processing) < 2 * ws.nthreads
-        return early and self.missing_bytes(ts, ws) is not None
+        early = ts.dependencies and len(ws.processing) < 2 * ws.nthreads
+        if not early or ts.suspect or ws.alone or ws.late or ws.leaving is not None:
+            return False
+        return self.missing_bytes(ts, ws) is not None
 
     def most_load(self, ts):
         """How loaded a worker may be that gets ``ts``.
@@ -1796,12 +1801,12 @@ class SchedulerMind(Mind):
 
     # Leaves: each changes a few facts, in both directions of a relation, and marks.
 
-    # (A task's rank is never another's: the order of submission decides between equal priorities.)
-
     def new_task(self, key, name, run_spec, priority=0, workers=(), loose=False, retries=0):
+        # In one number, since heaps compare little else: by the user's priority, and among equals by
+        # the order of submission.  So it is never another's.
         self.submitted += 1
-        rank = (-priority, self.submitted)
-        ts = self.tasks[key] = TaskState(key, name, rank, run_spec, tuple(workers), loose, retries)
+        order = self.submitted - priority * MANY
+        ts = self.tasks[key] = TaskState(key, name, order, run_spec, tuple(workers), loose, retries)
         return ts
 
     def wanted_by(self, cs, key, want):
@@ -2024,12 +2029,13 @@ class SchedulerMind(Mind):
             ts.who_has = ts.who_has or {}
             ts.who_has[ws] = ws.has_what[ts] = None
             ws.nbytes += ts.nbytes
-            ts.stuck = False
             self.mark(ts)
             self.changed[ws] = None  # It may steal what has to move less now.
-            for cs in [cs for cs, about in self.complaints if about is ts]:
-                del self.complaints[cs, ts]
-                self.tell(cs, ts)
+            if ts.stuck:
+                ts.stuck = False
+                for cs in [cs for cs, about in self.complaints if about is ts]:
+                    del self.complaints[cs, ts]
+                    self.tell(cs, ts)
 
     def remove_replica(self, ts, ws):
         """``ws`` holds the value no more.  The last one gone, it is lost or was let go."""
@@ -2284,7 +2290,7 @@ class WorkerMind(FetchingMind):
         not heard; or if it is a copy of what is here already.
         """
         inputs = {(key, number): holders for key, number, holders in places}
-        new = Attempt(attempt, key, name, run_spec, (*order, attempt), list(inputs), wanted)
+        new = Attempt(attempt, key, name, run_spec, (order, attempt), list(inputs), wanted)
         self.attempts[attempt] = new
         new.waiting_for = {value: None for value in inputs if value not in self.data}
         for value in inputs:
@@ -2820,26 +2826,25 @@ def resolve(key):
     return CONTEXT.inputs[key]
 
 
-@contextlib.contextmanager
-def collecting():
-    """A dict in which each Future that is pickled meanwhile adds itself."""
-    CONTEXT.collected = {}
+def collecting(dump, *args):
+    """(What ``dump(*args)`` returns, each Future that was pickled meanwhile, once)"""
+    outer, CONTEXT.collected = CONTEXT.collected, {}
     try:
-        yield CONTEXT.collected
+        return dump(*args), list(CONTEXT.collected)
     finally:
-        CONTEXT.collected = None
+        CONTEXT.collected = outer
 
 
 def dump_function(func):
-    """(frame, func); the frame is empty if the function has to travel in the call.
+    """(frame, func, name); the frame is empty if the function has to travel in the call.
 
     A frame of its own is pickled once for a whole ``map``, sent once in each batch, and unpickled
     once by each worker.  But futures in a function are inputs of each call, to be found each time;
     and out-of-band buffers would have to stand beside the frame.
     """
-    with collecting() as futures:
-        frames = dump_part(f"the function {name_of(func)!r}", func)
-        return (b"" if futures or len(frames) > 1 else frames[0]), func
+    name = name_of(func)
+    frames, futures = collecting(dump_part, f"the function {name!r}", func)
+    return (b"" if futures or len(frames) > 1 else frames[0]), func, name
 
 
 def dump_call(function, args, kwargs):
@@ -2850,17 +2855,17 @@ def dump_call(function, args, kwargs):
 
     dask: walks through lists, tuples, sets and dicts to find futures.
     """
-    frame, func = function
-    with collecting() as futures:
-        try:
-            data, *buffers = dumps((args, kwargs) if frame else (func, args, kwargs))
-        except Exception:
-            # Which one is it?  At this price only now.
-            for place, arg in (*enumerate(args), *kwargs.items()):
-                dump_part(f"argument {place!r} of {name_of(func)}", arg)
-            raise
-        # Copies: what the caller does to an array after the call must not change the call.
-        return (frame, data, *map(bytes, buffers)), list(futures)
+    frame, func, name = function
+    try:
+        call = (args, kwargs) if frame else (func, args, kwargs)
+        (data, *buffers), futures = collecting(dumps, call)
+    except Exception:
+        # Which one is it?  At this price only now.
+        for place, arg in (*enumerate(args), *kwargs.items()):
+            collecting(dump_part, f"argument {place!r} of {name}", arg)
+        raise
+    # Copies: what the caller does to an array after the call must not change the call.
+    return (frame, data, *map(bytes, buffers)), futures
 
 
 def dump_part(what, obj):
@@ -4424,7 +4429,7 @@ class Client(Threaded, Body):
         if sum(map(len, run_spec)) > LIMITS["argument_bytes"]:
             text = "a call of more than 10 MB travels through the scheduler"
             warnings.warn(f"{text}: scatter large arguments first", stacklevel=3)
-        name = name_of(function[1])
+        name = function[2]
         if key is None:
             key = pure_key(name, run_spec) if pure else f"{name}-{unique()}"
 

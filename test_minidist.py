@@ -313,7 +313,7 @@ class Scheduler(SchedulerMind):
 def test_a_task_without_inputs_is_sent_at_once():
     s = Scheduler("w")
     s.submit("x")
-    fields = dict(key="x", attempt=1, name="x", run_spec=(b"x",), places=[], order=(0, 1))
+    fields = dict(key="x", attempt=1, name="x", run_spec=(b"x",), places=[], order=1)
     assert sent(s) == [("w", "compute-task", fields | {"wanted": True})]
     assert s.states() == {"x": "processing"}
 
@@ -476,7 +476,7 @@ class WorkerByHand(WorkerMind):
     def compute(self, number, *inputs, key="y", holders=("v",), priority=0):
         """``inputs`` are keys whose values bear the attempt 1 and are held by ``holders``."""
         inputs = [(i, 1, list(holders)) for i in inputs]
-        self.stimulus_compute_task(SCHEDULER, key, number, "f", (b"f",), inputs, [priority], True)
+        self.stimulus_compute_task(SCHEDULER, key, number, "f", (b"f",), inputs, priority, True)
         return self
 
     def states(self):

@@ -177,7 +177,7 @@ def worker_life(n):
 
     def live():
         for number, key in enumerate(keys, 1):
-            args = ("noop", RUN_SPEC, [], (0, number), True)
+            args = ("noop", RUN_SPEC, [], number, True)
             mind.stimulus_compute_task("scheduler", key, number, *args)
         while attempt := mind.stimulus_take():
             mind.stimulus_finished(attempt.number, 16, "NoneType", 5, (b"N.",))

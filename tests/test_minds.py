@@ -76,7 +76,7 @@ def test_a_broadcast_is_over_when_each_worker_has_it_or_is_gone():
     s.stimulus_add_keys(worker, [("d", attempt)])
     said = sent(s)
     copies = [(peer, f["attempt"]) for peer, op, f in said if op == "compute-task"]
-    assert {f["order"] for _, op, f in said if op == "compute-task"} == {(0, 1)}
+    assert {f["order"] for _, op, f in said if op == "compute-task"} == {1}
     assert [peer for peer, _ in copies] == others and not [op for _, op, _ in said if "key" in op]
     s.stimulus_add_keys(others[0], [("d", attempt)])
     s.stimulus_task_returned(others[0], copies[0][1], [])
