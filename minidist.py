@@ -1236,9 +1236,10 @@ class SchedulerMind(Mind):
     def stimulus_register_worker(self, worker, name, nthreads, values, attempts):
         """A worker joins; it holds and runs nothing yet.
 
-        Names differ, since tasks can be restricted to one, and reports of deaths speak of them.
+        Names differ, since tasks can be restricted to one, and reports of deaths speak of them.  (One
+        that is leaving is called nothing any more: its successor may bear its name.)
         """
-        if any(ws.name == name for ws in self.workers.values()):
+        if any(ws.name == name for ws in self.called.get(name, ())):
             text = f"a worker named {name!r} is there already: choose another name"
             self.news.append(f"Worker {worker} was refused: {text}")
             self.send(worker, "refused", text)

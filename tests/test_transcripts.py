@@ -47,6 +47,18 @@ def test_a_second_worker_of_one_name_is_refused():
     assert list(s.workers) == ["w"]
 
 
+def test_the_name_of_a_worker_that_is_leaving_is_free_for_its_successor():
+    s = Scheduler("w", "u")
+    s.submit("x")
+    worker, _ = s.finish("x")
+    s.stimulus_leave(worker)  # It stays until "x" has been copied.
+    s.stimulus_register_worker("v", f"name of {worker}", 1, [], [])
+    assert [op for peer, op, _ in sent(s) if peer == "v"] == ["registered"]
+    s.stimulus_worker_left(worker)
+    assert [ws.name for ws in s.named([f"name of {worker}"])] == [f"name of {worker}"]
+    assert s.states() == {"x": "processing"}
+
+
 def test_a_submit_with_an_input_that_this_client_does_not_want_is_cancelled():
     s = Scheduler("w", clients="cd")
     s.submit("x", client="c")
