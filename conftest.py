@@ -5,8 +5,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
 
 import minidist
+
+# For ``make mutants``, which asks whether something fails, and not for the shortest way there.
+settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.generate])
 
 
 def pytest_configure():

@@ -3,10 +3,11 @@
     python tests/mutants.py [--count 200] [--seed 0] [--limit 20]
 
 A change is a comparison, a constant, an operator or a condition that is another, or a call that is
-left out, in any method of the minds in ``minidist.py`` but ``validate``, which is the tests' own.  Each is made in a copy, on which the pure tests run until the first one fails.  Over
-its limit of seconds a change counts as noticed: it may never end.  (The tests with planted bugs
-are left out: they look for the very text of a line.)  A line that can be changed without a test
-that notices is one that nobody has claimed anything about; or it can go.
+left out, in any method of the minds in ``minidist.py`` but ``validate``, which is the tests' own.
+Each is made in a copy, on which the pure tests run until the first one fails.  Over its limit of
+seconds a change counts as noticed: it may never end.  (The tests with planted bugs are left out:
+they look for the very text of a line.)  A line that can be changed without a test that notices is
+one that nobody has claimed anything about; or it can go.
 """
 
 import argparse
@@ -25,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ["minidist.py", "test_minidist.py", "conftest.py", "pyproject.toml", "tests/test_minds.py"]
-PURE = ["-x", "-m", "pure", "-k", "not planted", "--tb=no", "tests/test_minds.py"]
-COMMAND = [sys.executable, "-m", "pytest", *PURE, "test_minidist.py"]
+TESTS = ["tests/test_minds.py", "tests/test_transcripts.py", "test_minidist.py"]
+FILES = ["minidist.py", "conftest.py", "pyproject.toml", *TESTS]
+PURE = ["-x", "-m", "pure", "-k", "not planted", "--tb=no", "--hypothesis-profile=unshrunk"]
+COMMAND = [sys.executable, "-m", "pytest", *PURE, *TESTS]
 
 OTHER = {  # {type of an operator: what it is, as a pattern; what it becomes}
     ast.Eq: ("==", "!="),

@@ -1,5 +1,9 @@
 """Transcripts of the scheduler's mind for which the textbook has no room: one for each mechanism."""
 
+from itertools import cycle
+
+import pytest
+
 from minidist import ALLOWED_FAILURES, LIMITS, SCHEDULER, ClientMind, WorkerMind
 from test_minidist import Scheduler, sent, travel
 
@@ -149,6 +153,7 @@ def test_what_could_not_be_fetched_is_told_as_soon_as_there_is_a_copy_elsewhere(
     s.stimulus_add_keys("v", [("d", attempt)])
     s.stimulus_task_returned("v", copy["attempt"], [])
     assert [f["holders"] for f in told(s, "c", "key-in-memory")] == [["w", "v"]]
+    assert not s.tasks["d"].stuck
     s.stimulus_heartbeat("w")
     assert sent(s) == []
 
@@ -598,12 +603,21 @@ def test_what_has_been_ready_for_too_long_goes_back():
         compute(w, number)
     compute(w, 3, "x")
     w.stimulus_take()
-    w.stimulus_time_passes(1_000)
-    w.stimulus_time_passes(5_000)
+    w.stimulus_time_passes(1_000_000)
+    w.stimulus_time_passes(1_009_999)
     assert not told(w, SCHEDULER, "task-returned")
-    w.stimulus_time_passes(11_000)
+    w.stimulus_time_passes(1_010_000)
     assert [f["attempt"] for f in told(w, SCHEDULER, "task-returned")] == [2]
     assert set(w.attempts) == {1, 3}, "what runs, or waits for an input, stays"
+
+
+def test_two_goals_that_contradict_each_other_are_an_error_and_not_a_loop_for_ever(monkeypatch):
+    w = WorkerMind()
+    goals = cycle(["ready", "executing"])
+    monkeypatch.setitem(w.edges, ("executing", "ready"), w.edges["waiting", "ready"])
+    monkeypatch.setattr(w, "goal", lambda attempt: next(goals))
+    with pytest.raises(AssertionError, match="does not settle"):
+        compute(w, 1)
 
 
 def test_what_has_begun_is_not_given_back():
