@@ -3100,7 +3100,8 @@ class Body:
             link.flush()
         others = [task for task in self.tasks if task is not asyncio.current_task()]
         for task in others:
-            task.cancel()
+            if not task.cancelling():  # Else it is ending, and may have to clean up.
+                task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
 
     async def listen(self, host, port):
