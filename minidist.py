@@ -4033,16 +4033,16 @@ class Threaded(Shown):
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         try:
-            self._run(self.__aenter__())
+            self._run(self._start())
         except BaseException:
-            self._stop_loop()
+            self.close()  # What was started already ends, also after an interrupt.
             raise
 
     async def __aenter__(self):
         try:
             await self._start()
         except BaseException:
-            await self._close()  # What was started already ends.
+            await self._close()
             raise
         return self
 
@@ -4072,14 +4072,11 @@ class Threaded(Shown):
         """
         if self.asynchronous:
             return self._close()
-        if self._loop.is_running():
+        if not self._loop.is_closed():
             self._run(self._close(), seconds(timeout))
-            self._stop_loop()
-
-    def _stop_loop(self):
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     def _run(self, coroutine, timeout=None):
         """Run in the loop: an awaitable, or (synchronous) wait for it here.

@@ -775,6 +775,21 @@ def test_a_local_cluster_whose_workers_do_not_start_says_so_and_leaves_nothing(m
     assert threading.active_count() == before
 
 
+def test_an_interrupt_while_a_local_cluster_starts_leaves_nothing(monkeypatch):
+    start, started = asyncio.create_subprocess_exec, []
+
+    async def start_and_interrupt(*command, **options):
+        started.append(await start(*command, **options))
+        os.kill(os.getpid(), signal.SIGINT)
+        return started[0]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_and_interrupt)
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        Client(n_workers=1)
+    assert threading.active_count() == before and started[0].returncode == -signal.SIGKILL
+
+
 def test_a_local_cluster_on_a_port_that_is_taken_says_so_and_leaves_nothing():
     before = threading.active_count()
     with socket.create_server(("127.0.0.1", 0)) as taken:
