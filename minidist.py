@@ -4026,7 +4026,7 @@ class Threaded(Shown):
 
     def _live(self, asynchronous):
         """The end of ``__init__``: a synchronous one has started when that returns."""
-        self.asynchronous = asynchronous
+        self.asynchronous, self._started = asynchronous, not asynchronous
         if asynchronous:
             return
         self._loop = asyncio.new_event_loop()
@@ -4039,11 +4039,13 @@ class Threaded(Shown):
             raise
 
     async def __aenter__(self):
-        try:
-            await self._start()
-        except BaseException:
-            await self._close()
-            raise
+        if not self._started:  # Else it was awaited, and is a context manager now.
+            try:
+                await self._start()
+            except BaseException:
+                await self._close()
+                raise
+        self._started = True
         return self
 
     async def __aexit__(self, *_):
@@ -4148,8 +4150,6 @@ class Client(Threaded, Body):
     # Life.
 
     async def _start(self):
-        if self._scheduler is not None:
-            return  # It was awaited, and is a context manager now.
         self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
         if self.cluster:
             await self.cluster

@@ -790,6 +790,16 @@ def test_an_interrupt_while_a_local_cluster_starts_leaves_nothing(monkeypatch):
     assert threading.active_count() == before and started[0].returncode == -signal.SIGKILL
 
 
+def test_a_local_cluster_that_was_awaited_can_be_a_context_manager():
+    async def main():
+        cluster = await minidist.LocalCluster(processes=False, asynchronous=True)
+        address = cluster.address
+        async with cluster:
+            assert cluster.address == address and len(cluster.workers) == 1
+
+    asyncio.run(main())
+
+
 def test_a_local_cluster_on_a_port_that_is_taken_says_so_and_leaves_nothing():
     before = threading.active_count()
     with socket.create_server(("127.0.0.1", 0)) as taken:
