@@ -5132,27 +5132,6 @@ async def describe_exit(process):
 
 DEFAULT_PORT = 8786
 LEVELS = ("debug", "info", "warning", "error")
-COMMANDS = {  # {command: what it does, then its arguments: "name METAVAR: help (the default)"}
-    "scheduler": f"""start a scheduler
-        --host HOST: address to listen on (127.0.0.1); 0.0.0.0: all that this machine has
-        --port PORT: port to listen on ({DEFAULT_PORT}, or the next that is free); 0: any that is free
-        --worker-ttl SECONDS: seconds after which a silent worker is dead (30)
-        --record FILE: record all that it is told and says, for replay""",
-    "worker": f"""start a worker
-        address IP:PORT: the scheduler's address
-        --nthreads N: tasks run at a time ({os.cpu_count() or 1}: one for each core)
-        --name NAME: the worker's name in the cluster (its address); of several, with -0, ... appended
-        --nworkers N: how many processes (1)
-        --until-stdin-ends: for minidist's own use
-        --quiet: for minidist's own use""",
-    "replay": """run what a scheduler has recorded once more
-        file FILE: the recording
-        --key KEY: print what changes a task (a tuple is written as in JSON)
-        --until LINE: stop after this line, and print the state there
-        --quick: do not check every invariant after every line""",
-}
-LOG_LEVEL = f"--log-level LEVEL: the least that is logged: {', '.join(LEVELS)} (info)"
-DEFAULTS = {"--host": "127.0.0.1", "--worker-ttl": 30, "--nworkers": 1, "--log-level": "info"}
 
 
 def parse(argv):
@@ -5161,27 +5140,42 @@ def parse(argv):
     about = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog="minidist", description=about, epilog=text)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in COMMANDS.items():
-        about, *rows = text.splitlines()
-        command = commands.add_parser(name, help=about)
-        command.set_defaults(run=globals()[f"run_{name}"])
-        for row in (*rows, LOG_LEVEL):
-            add_argument(command, *re.fullmatch(r"\s*(\S+?)(?: (\S+))?: (.*)", row).groups())
+
+    def command(run, about):
+        """A command; returns the function that adds an argument to it."""
+        parser = commands.add_parser(run.__name__.removeprefix("run_"), help=about)
+        parser.set_defaults(run=run)
+        least = "the least that is logged (info)"
+        parser.add_argument("--log-level", choices=LEVELS, default="info", help=least)
+        return parser.add_argument
+
+    add = command(run_scheduler, "start a scheduler")
+    add("--host", default="127.0.0.1", help="where it listens (127.0.0.1); 0.0.0.0: everywhere")
+    port = f"where it listens ({DEFAULT_PORT}, or the next that is free); 0: any that is free"
+    add("--port", type=int, help=port)
+    add("--worker-ttl", type=float, default=30, help="seconds until a silent worker is dead (30)")
+    add("--record", metavar="FILE", help="record all that it is told and says, for replay")
+
+    add, cores = command(run_worker, "start a worker"), os.cpu_count() or 1
+    add("address", metavar="IP:PORT", help="the scheduler's address")
+    threads = f"tasks run at a time ({cores}: one for each core)"
+    add("--nthreads", metavar="N", type=int, default=cores, help=threads)
+    add("--name", help="its name in the cluster (its address); of several, with -0, ... appended")
+    add("--nworkers", metavar="N", type=int, default=1, help="how many processes (1)")
+    # Not shown: with these minidist starts processes of its own.
+    add("--until-stdin-ends", action="store_true", help=argparse.SUPPRESS)
+    add("--quiet", action="store_true", help=argparse.SUPPRESS)
+
+    add = command(run_replay, "run what a scheduler has recorded once more")
+    add("file", metavar="FILE", help="the recording")
+    add("--key", type=parse_key, help="print what changes a task (a tuple is written as in JSON)")
+    add("--until", metavar="LINE", type=int, help="stop after this line, and print the state there")
+    add("--quick", action="store_true", help="do not check every invariant after every line")
+
     options = parser.parse_args(argv)
     if options.command == "worker" and min(options.nthreads, options.nworkers) < 1:
         parser.error("--nthreads and --nworkers must be at least 1")
     return options
-
-
-def add_argument(command, name, metavar, text):
-    kinds = {"PORT": int, "N": int, "LINE": int, "SECONDS": float, "KEY": parse_key}
-    default = os.cpu_count() or 1 if name == "--nthreads" else DEFAULTS.get(name)
-    kind = {"metavar": metavar, "type": kinds.get(metavar, str), "default": default}
-    if metavar == "LEVEL":
-        kind["choices"] = LEVELS
-    # Some are not shown: with them minidist starts processes of its own.
-    text = argparse.SUPPRESS if text == "for minidist's own use" else text
-    command.add_argument(name, help=text, **(kind if metavar else {"action": "store_true"}))
 
 
 def parse_key(text):
