@@ -3072,6 +3072,7 @@ class Body:
     role = ""  # as what it introduces itself to a peer that it connects to, ...
     role_when_called = ""  # ... and to one that connects to it
     server = None  # of asyncio, while it listens
+    waking = False  # its loop is going to flush, because another thread has something to say
     id = ""  # the worker process that whoever connects has to mean
 
     def __init__(self, mind):
@@ -3181,6 +3182,18 @@ class Body:
                 self.links[peer].send(message)
                 if message["op"] == "refused":
                     self.start(self.links[peer].close())
+
+    def wake(self):
+        """Have the loop flush soon, if it is not about to.  Any thread may call this.
+
+        Two threads may both find the loop asleep, and wake it twice; none can find it awake when it
+        is not: each has left what it has to say before it looks, and a ``flush`` says that it is
+        no longer about to come before it collects.
+        """
+        if not self.waking:
+            self.waking = True
+            with contextlib.suppress(RuntimeError):  # The loop is closed: nobody cares.
+                self.loop.call_soon_threadsafe(self.flush)
 
     async def reach(self, holder, connection):
         """A data connection to a holder of values, from when it is first needed until it breaks.
@@ -3504,7 +3517,7 @@ class Worker(Body):
         self.nthreads, self.name = nthreads or os.cpu_count() or 1, name
         self.lock = threading.Condition()  # Threads take attempts; they wait for a ready one.
         self.store = {}  # {(key, attempt): value or Packed}
-        self.waking = self.ticking = self.closed = False
+        self.ticking = self.closed = False
         self.parting = "it is gone"  # why the scheduler's stream has ended; "" after a good-bye
 
     async def introduce(self, connection):
@@ -3615,10 +3628,7 @@ class Worker(Body):
         """
         WORKER.set(self)
         while self.run_next():
-            if not self.waking:
-                self.waking = True
-                with contextlib.suppress(RuntimeError):  # The loop is closed.
-                    self.loop.call_soon_threadsafe(self.flush)
+            self.wake()
 
     def run_next(self):
         """Wait for a ready attempt and run it; False if the worker has closed.
@@ -4029,8 +4039,8 @@ class Threaded(Shown):
         self.asynchronous, self._started = asynchronous, not asynchronous
         if asynchronous:
             return
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
         try:
             self._run(self._start())
@@ -4074,11 +4084,11 @@ class Threaded(Shown):
         """
         if self.asynchronous:
             return self._close()
-        if not self._loop.is_closed():
+        if not self.loop.is_closed():
             self._run(self._close(), seconds(timeout))
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join()
-            self._loop.close()
+            self.loop.close()
 
     def _run(self, coroutine, timeout=None):
         """Run in the loop: an awaitable, or (synchronous) wait for it here.
@@ -4090,10 +4100,10 @@ class Threaded(Shown):
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError("a synchronous client's own loop cannot wait for it: deadlock")
-        if self._loop.is_closed():
+        if self.loop.is_closed():
             coroutine.close()
             raise RuntimeError("this client is closed: make a new one")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         try:
             return future.result(timeout)
         except BaseException:
@@ -4137,7 +4147,6 @@ class Client(Threaded, Body):
             split_address(self._address)
         self.name, self._timeout, self._set_as_default = name, seconds(timeout), set_as_default
         self._inbox = deque()  # (function, *arguments), to be called in the loop
-        self._waking = False
         self._watchers = {}  # {FutureState: {called once it is settled: whether with its value}}
         self._answers = {}  # {number of a question: asyncio.Future of the answer}
         self._numbers, self._workers = count(), {}
@@ -4150,7 +4159,7 @@ class Client(Threaded, Body):
     # Life.
 
     async def _start(self):
-        self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
+        self.loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
         if self.cluster:
             await self.cluster
             self._address = self.cluster.address
@@ -4220,10 +4229,20 @@ class Client(Threaded, Body):
             super().take(peer, op, fields)
 
     def flush(self):
-        """Send what the mind has in its outbox; wake who waits for what it has news of.
+        """Act on what was posted, and send what comes of it; wake who waits for what is news.
 
         Each looks at the state itself, and waits on if it is not yet what it waits for.
+
+        A bounded number of entries in one turn of the loop.  Between the turns answers are read:
+        the first of 100,000 calls are running, and their results arrive, while the last are still
+        being submitted.
         """
+        self.waking = False
+        for _ in range(min(len(self._inbox), LIMITS["batch_messages"])):
+            function, *arguments = self._inbox.popleft()
+            function(*arguments)
+        if self._inbox:
+            self.wake()
         super().flush()
         news, self.state.news = self.state.news, []
         for state in news:
@@ -4244,30 +4263,10 @@ class Client(Threaded, Body):
     def _post(self, *entry):
         """Leave ``function, *arguments`` for the loop.  Any thread may call this, at any moment.
 
-        The append needs no lock: a deque's is atomic.  Two threads may both find the loop asleep,
-        and wake it twice; none can find it awake when it is not, since ``_drain`` says so before it
-        looks into the inbox.
+        The append needs no lock: a deque's is atomic.
         """
         self._inbox.append(entry)
-        if not self._waking:
-            self._waking = True
-            with contextlib.suppress(RuntimeError):  # The loop is closed: nobody cares.
-                self._loop.call_soon_threadsafe(self._drain)
-
-    def _drain(self):
-        """Act on what was posted, a bounded number of entries in one turn of the loop.
-
-        Between the turns answers are read: the first of 100,000 calls are running, and their
-        results arrive, while the last are still being submitted.
-        """
-        self._waking = False
-        for _ in range(min(len(self._inbox), LIMITS["batch_messages"])):
-            function, *arguments = self._inbox.popleft()
-            function(*arguments)
-        if self._inbox:
-            self._waking = True
-            self._loop.call_soon(self._drain)
-        self.flush()
+        self.wake()
 
     async def _catch_up(self):
         """Go on when all that was posted before has been acted on.
@@ -4275,7 +4274,7 @@ class Client(Threaded, Body):
         So a thread that has just submitted, and now waits, finds what it has submitted.
         """
         while self._inbox:
-            self._drain()
+            self.flush()
 
     def _act(self, stimulus, futures, *arguments):
         """Give the mind a stimulus about futures, in the inbox's order; wait until it has it."""
@@ -4311,7 +4310,7 @@ class Client(Threaded, Body):
         """
         await self._catch_up()
         left = {future._state: None for future in futures}
-        total, ready = len(left), self._loop.create_future()
+        total, ready = len(left), self.loop.create_future()
 
         def over(state):
             del left[state]
@@ -4452,7 +4451,7 @@ class Client(Threaded, Body):
 
         self._post(begin)
         if self.asynchronous and threading.get_ident() == self._loop_thread:
-            self._drain()
+            self.flush()
         return future
 
     def scatter(self, data, workers=None, broadcast=False, direct=None, hash=True, timeout=None):
@@ -4560,7 +4559,7 @@ class Client(Threaded, Body):
         """Ask the scheduler or a worker; the other fields of its answer."""
         self._check_open()
         await self._catch_up()
-        number, answer = next(self._numbers), self._loop.create_future()
+        number, answer = next(self._numbers), self.loop.create_future()
         self._answers[number] = answer
         self.state.send(peer, ask, number, *fields)
         self.flush()

@@ -350,7 +350,7 @@ def test_a_call_from_the_own_loop_of_a_synchronous_client_raises(scheduler):
 
     with Client(scheduler.address) as c:
         pending = c.submit(abs, -1)
-        asyncio.run_coroutine_threadsafe(from_the_loop(), c._loop).result(30)
+        asyncio.run_coroutine_threadsafe(from_the_loop(), c.loop).result(30)
 
 
 def test_a_name_in_use_is_refused_with_exit_code_1(scheduler):
