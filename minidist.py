@@ -43,6 +43,7 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import contextvars
+import errno
 import functools
 import gc
 import hashlib
@@ -5219,17 +5220,13 @@ async def run_scheduler(options):
     for port in ports:
         scheduler = Scheduler(options.host, port, options.worker_ttl, options.record)
         try:
-            await scheduler.__aenter__()
-            break
-        except OSError:
-            if port == ports[-1]:
+            async with scheduler:
+                print(f"Scheduler at {scheduler.address}", flush=True)
+                return await scheduler.ended.wait()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or port == ports[-1]:
                 raise
             logger.warning("Port %s is in use; trying the next", port)
-    print(f"Scheduler at {scheduler.address}", flush=True)
-    try:
-        await scheduler.ended.wait()
-    finally:
-        await scheduler.close()
 
 
 async def run_replay(options):

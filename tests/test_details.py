@@ -373,6 +373,13 @@ def test_a_port_that_was_asked_for_and_is_in_use_is_an_error(scheduler):
         assert port in err and len(err.splitlines()) == 1
 
 
+def test_only_a_port_in_use_makes_a_scheduler_try_the_next():
+    with process(SCRIPT, "scheduler", "--host", "192.0.2.1") as p:
+        _, err = p.communicate(timeout=30)
+        assert p.returncode == 1
+        assert "192.0.2.1" in err and len(err.splitlines()) == 1
+
+
 def test_the_next_port_is_taken_with_a_warning_when_the_default_one_is_in_use():
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # Somebody else may have it: as good.
