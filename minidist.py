@@ -4326,11 +4326,8 @@ class Client(Threaded, Body):
             if left and not ready.done():
                 await asyncio.wait([ready], timeout=timeout)
         finally:
-            for state in left:
-                watchers = self._watchers[state]
-                del watchers[over]
-                if not watchers:  # Who waits again and again leaves nothing here.
-                    del self._watchers[state]
+            for state in left:  # Who waits again and again leaves nothing here.
+                del self._watchers[state][over]
         if left and not ready.done():
             text = f"{len(left)} of {total} futures are not done after {timeout} s"
             raise TimeoutError(f"{text}: they go on, wait again or cancel them")
