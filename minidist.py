@@ -3953,10 +3953,9 @@ class Future(Shown):
 
     def __await__(self):
         """``await future`` is ``await future.result()``; TypeError for a synchronous client's."""
-        if not self.client.asynchronous:
-            text = "only futures of a Client(asynchronous=True) can be awaited: use result()"
-            raise TypeError(text)
-        return self.result().__await__()
+        if self.client.asynchronous:
+            return self.result().__await__()
+        raise TypeError("only futures of a Client(asynchronous=True) can be awaited: use result()")
 
     def __reduce__(self):
         """Among a call's arguments, note that it is one of them, and become its value there.
@@ -4492,10 +4491,9 @@ class Client(Threaded, Body):
             except TimeoutError:
                 there = len(await self._ask("workers", options[0]))
                 called = f" called {workers!r}" if workers else ""
-                text = f"not scattered after {timeout} s, with {there} workers{called}"
-                raise TimeoutError(
-                    text if there else f"{text}: no worker is there, start one"
-                ) from None
+                hint = "" if there else ": no worker is there, start one"
+                text = f"not scattered after {timeout} s, with {there} workers{called}{hint}"
+                raise TimeoutError(text) from None
             for future in leaves_of(futures):
                 failure(future._state)
             return futures
@@ -5074,8 +5072,7 @@ class LocalCluster(Threaded):
 
         It is killed then: what it holds is of no use to anybody, and its tasks may take long.
         """
-        threads = self.threads_per_worker
-        arguments = [self.address, "--nthreads", threads, "--name", name, "--quiet"]
+        arguments = [self.address, "--nthreads", self.threads_per_worker, "--name", name, "--quiet"]
         while not self.scheduler.ended.is_set():
             start = time.monotonic()
             async with worker_process(*arguments, ended_by=signal.SIGKILL) as process:
