@@ -4658,8 +4658,7 @@ class Client(Threaded, Body):
             start, limit = time.monotonic(), seconds(timeout)
             while (there := len(await self._ask("workers"))) < n_workers:
                 if limit is not None and time.monotonic() - start > limit:
-                    text = f"{there} of {n_workers} workers are there after {timeout} s"
-                    raise TimeoutError(text)
+                    raise TimeoutError(f"{there} of {n_workers} workers are there after {limit} s")
                 await asyncio.sleep(0.01)
 
         return self._run(wait_for_workers())
@@ -4884,9 +4883,8 @@ class as_completed:
         """Wait until one is done.  (The event may also tell of one that has been taken since.)"""
         while not self._ready:
             self._news.clear()
-            left = self._deadline - time.monotonic()
             try:
-                await asyncio.wait_for(self._news.wait(), left if left < math.inf else None)
+                await asyncio.wait_for(self._news.wait(), self._deadline - time.monotonic())
             except TimeoutError:
                 raise TimeoutError(f"{self._left} futures are not done in time") from None
 
