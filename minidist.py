@@ -4159,7 +4159,7 @@ class Client(Threaded, Body):
     # Life.
 
     async def _start(self):
-        self.loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
+        self.loop, self._thread = asyncio.get_running_loop(), threading.current_thread()
         if self.cluster:
             await self.cluster
             self._address = self.cluster.address
@@ -4447,7 +4447,7 @@ class Client(Threaded, Body):
                 self.state.stimulus_scheduler_left(self._refusal[1])
 
         self._post(begin)
-        if self.asynchronous and threading.get_ident() == self._loop_thread:
+        if threading.current_thread() is self._thread:
             self.flush()
         return future
 
@@ -4518,8 +4518,8 @@ class Client(Threaded, Body):
             futures = list(futures)
         leaves = list(leaves_of(futures))
         self._check_own(leaves)
-        if self._refusal and not all(f._state and f._state.final for f in leaves):
-            raise self._refusal[0](self._refusal[1])
+        if not all(future._state and future._state.final for future in leaves):
+            self._check_open()
 
         def finish():
             for future in leaves if errors == "raise" else ():
