@@ -5276,14 +5276,13 @@ async def run_worker(options):
 
 async def run_workers(options):
     """Several worker processes, which end with this one."""
+    common = [options.address, "--nthreads", options.nthreads, "--log-level", options.log_level]
     # They leave one after the other: so each can hand its data over to the next.
     async with contextlib.AsyncExitStack() as parts:
         processes = []
         for number in range(options.nworkers):
             name = ["--name", f"{options.name}-{number}"] if options.name else []
-            arguments = [options.address, "--nthreads", options.nthreads, *name]
-            arguments += ["--log-level", options.log_level]
-            process = worker_process(*arguments, ended_by=signal.SIGTERM)
+            process = worker_process(*common, *name, ended_by=signal.SIGTERM)
             processes.append(await parts.enter_async_context(process))
         codes = await asyncio.gather(*(process.wait() for process in processes))
     if any(codes):
