@@ -31,7 +31,7 @@ soak: $(VENV)/installed  ## the simulation fifty times, beside ten minutes of fa
 mutants: $(VENV)/installed  ## change lines of the minds, and see whether the pure tests notice
 	$(BIN)/python tests/mutants.py
 
-bench: $(VENV)/installed  ## time per task, beside concurrent.futures
+bench: $(VENV)/installed  ## time per task, beside concurrent.futures; and dask.distributed, if installed
 	$(BIN)/python benchmarks/bench.py
 
 notebook: $(VENV)/notebook  ## open the tutorial in JupyterLab, as tutorial.ipynb: yours to change

@@ -2556,19 +2556,18 @@ async def read_batch(reader, sender):
 
 
 async def read_large(reader, size):
-    """A large frame, in a writable buffer.
+    """A large frame, in a writable buffer, which grows with what has come.
 
     ``readexactly`` would collect it in the stream's own buffer, which then is far over its limit
-    and is moved at each step, and copy it once more: a third of the speed at 100 MB.
+    and is moved at each step, and copy it once more: a third of the speed at 100 MB.  (A buffer of
+    its full size is filled with zeros first, which takes as long as to fill it.)
     """
-    frame, start = bytearray(size), 0
-    view = memoryview(frame)
-    while start < size:
-        chunk = await reader.read(min(CHUNK, size - start))
+    frame = bytearray()
+    while len(frame) < size:
+        chunk = await reader.read(min(CHUNK, size - len(frame)))
         if not chunk:
-            raise asyncio.IncompleteReadError(b"", size - start)
-        view[start : start + len(chunk)] = chunk
-        start += len(chunk)
+            raise asyncio.IncompleteReadError(b"", size - len(frame))
+        frame += chunk
     return frame
 
 
@@ -4083,7 +4082,7 @@ class Threaded(Shown):
         that takes more than ``timeout`` seconds.
         """
         if self.asynchronous:
-            return self._close()
+            return asyncio.wait_for(self._close(), seconds(timeout))
         if not self.loop.is_closed():
             self._run(self._close(), seconds(timeout))
             self.loop.call_soon_threadsafe(self.loop.stop)

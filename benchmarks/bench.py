@@ -1,6 +1,8 @@
-"""Time per task, beside concurrent.futures in the same run; what recording costs; the minds alone.
+"""Time per task, beside concurrent.futures and dask.distributed; of recording; of the minds alone.
 
-    python benchmarks/bench.py [cluster] [recording] [minds]
+    python benchmarks/bench.py [cluster] [dask] [recording] [minds]
+
+(``dask`` needs the extra ``bench``: ``pip install '.[bench]'``.)
 
 Times on a shared machine vary by half from one minute to the next, so what is compared takes
 turns, the median of the rounds is given, and the ratio says more than the microseconds.
@@ -17,12 +19,15 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from itertools import count
 from pathlib import Path
+from pickle import PickleBuffer
 from statistics import median
 
 from minidist import Client, ClientMind, SchedulerMind, WorkerMind
 
 MINIDIST = Path(__file__).resolve().parent.parent / "minidist.py"
 TASKS, TRIPS, ROUNDS = 10_000, 200, 5
+LINKS = 200  # of a chain
+SLOWER = 5  # so many times less work where dask.distributed takes part
 
 
 def noop(i):
@@ -77,30 +82,72 @@ def bench_cluster():
 numbers = count()
 
 
-def map_and_gather(client):
-    client.gather(client.map(noop, [next(numbers) for _ in range(TASKS)]))
+def map_and_gather(client, n=TASKS):
+    client.gather(client.map(noop, [next(numbers) for _ in range(n)]))
+
+
+def trips(client, n=TRIPS):
+    for _ in range(n):
+        client.submit(noop, next(numbers)).result()
+
+
+def chain(client):
+    """Each task needs the result of the one before."""
+    future = client.submit(noop, next(numbers))
+    for _ in range(LINKS):
+        future = client.submit(first, future, next(numbers))
+    future.result()
+
+
+def first(x, _):
+    return x
+
+
+def array(client):
+    """What one task has made, for another on the other worker."""
+    here, there = client.nthreads()
+    made = client.submit(block, 100_000_000 + next(numbers), workers=here)
+    client.submit(len, made, workers=there).result()
+
+
+def block(n):
+    """``n`` bytes which are pickled as a NumPy array is: beside the pickle, and not copied."""
+    return PickleBuffer(bytearray(n))
 
 
 def compare(client, pool):
-    def map_minidist():
-        map_and_gather(client)
-
     def map_pool():
         for future in [pool.submit(noop, next(numbers)) for _ in range(TASKS)]:
             future.result()
-
-    def trips_minidist():
-        for _ in range(TRIPS):
-            client.submit(noop, next(numbers)).result()
 
     def trips_pool():
         for _ in range(TRIPS):
             pool.submit(noop, next(numbers)).result()
 
-    trips_minidist()  # Until both workers are there, and have imported what they need.
+    trips(client)  # Until both workers are there, and have imported what they need.
     print(f"{'':38}{'minidist':>10}{'processes':>12}{'ratio':>8}")
-    report(f"map + gather of {TASKS:,}, per task", map_minidist, map_pool, TASKS)
-    report("submit(...).result(), a round trip", trips_minidist, trips_pool, TRIPS)
+    report(f"map + gather of {TASKS:,}, per task", lambda: map_and_gather(client), map_pool, TASKS)
+    report("submit(...).result(), a round trip", lambda: trips(client), trips_pool, TRIPS)
+
+
+def bench_dask():
+    try:
+        from dask.distributed import Client as DaskClient
+    except ImportError:
+        return print("dask.distributed is not here to compare with: pip install '.[bench]'")
+    options = {"n_workers": 2, "threads_per_worker": 1}
+    with Client(**options) as ours, DaskClient(**options, dashboard_address=None) as theirs:
+        print(f"{'':38}{'minidist':>10}{'dask':>12}{'ratio':>8}")
+        n, m = TASKS // SLOWER, TRIPS // SLOWER
+        for name, work, repeats in (
+            (f"map + gather of {n:,}, per task", lambda client: map_and_gather(client, n), n),
+            ("submit(...).result(), a round trip", lambda client: trips(client, m), m),
+            (f"a chain of {LINKS}, per link", chain, LINKS),
+            ("100 MB from worker to worker", array, 1),
+        ):
+            work(ours), work(theirs)
+            this, that = (functools.partial(work, client) for client in (ours, theirs))
+            report(name, this, that, repeats)
 
 
 def bench_recording():
@@ -207,7 +254,8 @@ def bench_minds():
 
 
 if __name__ == "__main__":
-    benches = {"cluster": bench_cluster, "recording": bench_recording, "minds": bench_minds}
+    benches = {"cluster": bench_cluster, "dask": bench_dask}
+    benches |= {"recording": bench_recording, "minds": bench_minds}
     if not set(sys.argv[1:]) <= set(benches):
         sys.exit(__doc__.strip())
     for name in sys.argv[1:] or benches:
