@@ -1555,7 +1555,7 @@ class SchedulerMind(Mind):
         early = ts.dependencies and len(ws.processing) < 2 * ws.nthreads
         if not early or ts.suspect or ws.alone or ws.late or ws.leaving is not None:
             return False
-        return self.missing_bytes(ts, ws) is not None
+        return self.moving_us(ts, ws) > 0
 
     def most_load(self, ts):
         """How loaded a worker may be that gets ``ts``.
@@ -1622,14 +1622,12 @@ class SchedulerMind(Mind):
         The sum of what has to be moved and of the work that waits.  Both go on at once in truth:
         the sum is too long by the shorter, but it prefers the holder among workers that are idle.
         """
-        missing = self.missing_bytes(ts, ws)
-        moving = 0 if missing is None else TRANSFER_US + missing // BYTES_PER_US
-        return moving + ws.occupancy // ws.nthreads
+        return self.moving_us(ts, ws) + ws.occupancy // ws.nthreads
 
-    def missing_bytes(self, ts, ws):
-        """How much ``ws`` would have to fetch to run ``ts``; None if nothing."""
+    def moving_us(self, ts, ws):
+        """How long ``ws`` would take to fetch the inputs of ``ts`` that it has not; 0 if none."""
         missing = [d.nbytes for d in ts.dependencies if ws not in d.who_has]
-        return sum(missing) if missing else None
+        return TRANSFER_US + sum(missing) // BYTES_PER_US if missing else 0
 
     def estimate(self, ts):
         return self.durations.get(ts.name, UNKNOWN_US)
