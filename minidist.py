@@ -942,7 +942,7 @@ class WorkerState:
     long: int = 0  # how many attempts are not known to be short
     load: int = 0  # which of SchedulerMind.by_load it stands in
     # Why it is sent less, or nothing:
-    alone: int = 0  # the attempt of a suspect, beside which nothing is sent
+    alone: bool = False  # what runs there is a suspect, beside which nothing is sent
     late: bool = False  # it gave back what had waited too long behind something that still runs
     leaving: "dict[TaskState, None] | None" = None  # what is being copied before it goes
 
@@ -1713,8 +1713,7 @@ class SchedulerMind(Mind):
             return
         ws, duration_us = ts.processing_on, self.estimate(ts)
         ws.processing[ts.attempt] = (ts, duration_us)
-        if ts.suspect:
-            ws.alone = ts.attempt
+        ws.alone = ts.suspect
         self.account(ws, duration_us, +1)
         places = [(d.key, d.attempt, self.holders(d)) for d in ts.dependencies]
         call = (ts.key, ts.attempt, ts.name, ts.run_spec, places, ts.priority, bool(ts.who_wants))
@@ -1900,8 +1899,7 @@ class SchedulerMind(Mind):
         value is never adopted for that: the key may bear another call by then.
         """
         ts, duration_us = ws.processing.pop(attempt)
-        if ws.alone == attempt:
-            ws.alone = 0
+        ws.alone = False  # If it was: nothing was sent beside it.
         self.account(ws, duration_us, -1)
         current = ts.attempt == attempt
         if current:
@@ -2159,7 +2157,7 @@ class SchedulerMind(Mind):
             ws = ts.processing_on
             here = ws.processing[ts.attempt][0] if ts.run_spec else ws.arriving[ts.attempt]
             assert here is ts and self.workers[ws.id] is ws, ts
-            assert (ts.run_spec or ts.givers) and ts.suspect == (ws.alone == ts.attempt), ts
+            assert ts.suspect == ws.alone if ts.run_spec else ts.givers and not ts.suspect, ts
         assert all(ws.arriving[attempt] is ts for attempt, ws in dict(ts.copying).items()), ts
         assert ts.queue is None or ts.queue.worker or not ts.dependencies, ts
         for dependency in ts.dependencies:
@@ -2180,7 +2178,7 @@ class SchedulerMind(Mind):
         assert ws.long == sum(d > ROOM_US for d in durations), ws
         assert (ws.load == LEAVING) == (ws.leaving is not None), ws
         assert (ws.load == EMPTY) == (not ws.processing and ws.leaving is None), ws
-        assert not ws.alone or (ws.load >= FULL and ws.alone in ws.processing), ws
+        assert not ws.alone or (ws.load >= FULL and len(ws.processing) == 1), ws
         assert [ws in group for group in self.by_load] == [i == ws.load for i in range(5)], ws
         # W2. What arrives is a put or a copy; what is handed over is here, and being copied.
         for attempt, ts in ws.arriving.items():
