@@ -1010,7 +1010,6 @@ class SchedulerMind(Mind):
         self.attempts = first_attempt  # the number of the next attempt
         self.submitted = self.puts = 0
         self.now_us, self.ttl_us = 0, ttl_us
-        self.departed = ""  # which worker was lost last, and how
         self.losses = {}  # {key of data: how it was lost}, for who has not heard of that yet
         self.news = []  # who came and went, and why, in words: for the body to log
         self.complaints = {}  # {(ClientState, TaskState): why it cannot fetch the only copy}
@@ -1314,7 +1313,7 @@ class SchedulerMind(Mind):
         ws = self.workers.pop(worker, None)
         if ws is None:
             return  # It was refused, or declared dead before its connection was lost.
-        self.departed = f"{worker} ({ws.name}): {how}"
+        departed = f"{worker} ({ws.name}): {how}"
         self.news.append(f"Worker {worker} ({ws.name}) left: {how}")
         del self.by_load[ws.load][ws]
         self.withdraw(ws)
@@ -1325,16 +1324,16 @@ class SchedulerMind(Mind):
                 ts.processing_on = None
                 self.mark(ts)
                 if ws.leaving is None:
-                    self.suspect(ts, blamed=len(ws.processing) == 1)
+                    self.suspect(ts, departed, blamed=len(ws.processing) == 1)
         for ts in list(ws.has_what):
             self.remove_replica(ts, ws)
-            ts.lost = "" if ts.who_has else self.departed
+            ts.lost = "" if ts.who_has else departed
         for attempt, ts in list(ws.arriving.items()):
             self.end_arrival(ts, attempt)
         self.changed.pop(ws, None)
 
-    def suspect(self, ts, blamed):
-        """``ts`` was on a worker that died.
+    def suspect(self, ts, departed, blamed):
+        """``ts`` was on a worker that died; ``departed`` says which one, and how.
 
         Which of several did it nobody knows: from now on, each runs alone.  Only one that was
         alone is blamed, so that no innocent one fails with it.
@@ -1347,7 +1346,7 @@ class SchedulerMind(Mind):
         # dask: whatever was on the worker is blamed, also what had not started.
         ts.suspect = True
         if blamed:
-            ts.deaths = (*ts.deaths, self.departed)
+            ts.deaths = (*ts.deaths, departed)
         if len(ts.deaths) > ALLOWED_FAILURES:
             text = f"{ts.key!r} was alone on each of these when they died: {'; '.join(ts.deaths)}"
             text += ": try that call in a Python of its own, and look at its memory"
