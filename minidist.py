@@ -3289,7 +3289,7 @@ class Scheduler(Body):
             record = record or os.path.join(folder, f"{unique()}.jsonl")
         self.recording = open(record, "w") if record else None
         self.recorded = [json.dumps(made_with)]  # lines that are still to be written
-        self.host, self.port, self.worker_ttl = host, port, seconds(worker_ttl)
+        self.host, self.port = host, port
         self.watched = {}  # {worker's name: its process, if we started it}
         self.ended = asyncio.Event()
 
@@ -3324,7 +3324,7 @@ class Scheduler(Body):
         while True:
             self.stimulate("time-passes", [time.monotonic_ns() // 1000])
             self.flush()
-            await asyncio.sleep(self.worker_ttl / 4)
+            await asyncio.sleep(self.state.ttl_us / 4_000_000)
 
     async def serve(self, connection):
         """One peer, from when it registers until it leaves.
