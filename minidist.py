@@ -2671,10 +2671,8 @@ class Connection:
         self.writer.close()
         try:
             await asyncio.wait_for(self.writer.wait_closed(), 1)
-        except TimeoutError:
+        except OSError:  # It takes too long; or the peer was first, and there is nothing to abort.
             self.writer.transport.abort()
-        except OSError:
-            pass  # The peer was first.
 
 
 # The handshake, before anything else: fixed sizes, and a time limit.  Both sides say hello, which
@@ -2739,8 +2737,7 @@ def secret():
     the file gets its name by ``link``, which only one of them can do, and which nobody can see
     half done.
     """
-    token = os.environ.get("MINIDIST_TOKEN")
-    if token:
+    if token := os.environ.get("MINIDIST_TOKEN"):
         return token.encode()
     path = os.path.expanduser("~/.minidist/token")
     if not os.path.exists(path):
