@@ -651,8 +651,7 @@ class ClientMind(FetchingMind):
         The want is handed to the scheduler, since this client may be gone before they have run.
         On one stream that is before the release of the futures, which often follows at once.
         """
-        names = [(state.key, state.want) for state in states]
-        self.send(SCHEDULER, "fire-and-forget", names)
+        self.send(SCHEDULER, "fire-and-forget", [(state.key, state.want) for state in states])
 
     def stimulus_release(self, state):
         """One ``Future`` object is gone; with the last one, the want is."""
@@ -1184,8 +1183,7 @@ class SchedulerMind(Mind):
             target = self.least_loaded(FULL, but=ts.who_has)
             if ts.stuck and (target is None or ts.misses > ALLOWED_FAILURES):
                 # Its holder may be dead, without our knowing it yet: then there is more to say.
-                text = f"{key!r} could not be fetched from {', '.join(holders)}"
-                self.complaints[cs, ts] = text
+                self.complaints[cs, ts] = f"{key!r} could not be fetched from {', '.join(holders)}"
             else:
                 if ts.stuck and not ts.copying:
                     self.copy(ts, target)  # The client will be told of that one.
@@ -3475,14 +3473,11 @@ def get_worker():
         raise ValueError("get_worker() is for tasks: no worker runs this") from None
 
 
-class Packed:
+class Packed(namedtuple("Packed", "frames")):
     """A value as it came over the wire; unpickled by the first thread that needs it.
 
     So the loop never unpickles, and what is only passed on to another worker is not unpickled.
     """
-
-    def __init__(self, frames):
-        self.frames = frames
 
 
 class Worker(Body):
