@@ -2610,7 +2610,7 @@ class Connection:
         """
         # dask: sends what has gathered, in intervals of a few milliseconds.
         self.outbox.append(message)
-        if len(self.outbox) == 1 and self.writer and not self.writing:
+        if len(self.outbox) == 1:
             self.loop.call_soon(self.flush)
 
     def flush(self):
@@ -2619,7 +2619,7 @@ class Connection:
         One batch at a time, so that order is kept: while a task writes, what is sent waits in the
         outbox, and the task ends with another flush.
         """
-        if not self.outbox or not self.writer or self.writer.is_closing():
+        if not self.outbox or not self.writer or self.writing or self.writer.is_closing():
             return
         batch = self.outbox[: LIMITS["batch_messages"]]
         del self.outbox[: len(batch)]
