@@ -1478,12 +1478,22 @@ class SchedulerMind(Mind):
         return "queued" if ts.run_spec else "processing"
 
     def settle(self):
-        """Take the edges; then send what waits for as long as there is room.
+        """Take the edges, send what there is room for, and let go who leaves; until nothing is left.
 
         Afterwards no thread is idle while something waits for it (``validate`` S3, W3): whatever
         makes room or brings work ends here, so nothing has to poll.
         """
-        super().settle()
+        while True:
+            super().settle()
+            self.fill()
+            ws = self.may_go() if self.by_load[LEAVING] else None
+            if ws is None:
+                return
+            self.send(ws.id, "goodbye")
+            self.lose(ws.id, "it said good-bye")
+
+    def fill(self):
+        """Send what waits for as long as there is room."""
         while self.changed or self.queue:
             while self.changed:
                 ws, _ = self.changed.popitem()
@@ -1496,13 +1506,15 @@ class SchedulerMind(Mind):
             if ws is None:
                 break
             self.process(ts, ws)
-        for ws in list(self.by_load[LEAVING]):
+
+    def may_go(self):
+        """A worker that leaves, and of which nothing is being copied any more, or None."""
+        for ws in self.by_load[LEAVING]:
             # Others may have come or gone since it was last looked at what only this one has.
             if not ws.leaving:
                 self.hand_over(ws)
             if not ws.leaving:
-                self.send(ws.id, "goodbye")
-                return self.stimulus_worker_left(ws.id, "it said good-bye")  # Then the next.
+                return ws
 
     def size(self):
         return len(self.tasks)

@@ -1528,7 +1528,7 @@ SchedulerMind.add_replica | self.changed[ws] = None | pass | capacity
 # A result is released too early, ...
 SchedulerMind.goal | if not (ts.who_wants or ts.waiters): | if not ts.who_wants: | the_books_balance
 ClientMind.stimulus_release | if not state.count and | if | no_live_future_is_cancelled
-SchedulerMind.settle | self.hand_over(ws) | pass | no_early_free
+SchedulerMind.may_go | self.hand_over(ws) | pass | no_early_free
 # ... or never.
 SchedulerMind.leave_memory | self.send_name(ws.id, "free-keys", (ts.key, ts.attempt)) | pass | agreement
 SchedulerMind.stimulus_task_finished | self.send_name(worker, "free-keys", (ts.key, attempt)) | 0 | agreement

@@ -1,5 +1,6 @@
 """Transcripts of the scheduler's mind for which the textbook has no room: one for each mechanism."""
 
+import sys
 from itertools import cycle
 
 import pytest
@@ -225,6 +226,20 @@ def test_a_submit_that_crosses_the_loss_of_its_data_is_told_which_data_was_lost(
     (cancelled,) = told(s, "c", "key-cancelled")
     assert cancelled["key"] == "y"
     assert "the data 'd' was lost with w (name of w): exit code 3" in cancelled["text"]
+
+
+def test_many_that_leave_are_let_go_in_one_moment():
+    many = [f"w{number}" for number in range(sys.getrecursionlimit())]
+    s = Scheduler(*many)
+    for number, worker in enumerate(many):
+        s.submit(f"x{number}")
+        s.finish(f"x{number}")
+    s.stimulus_register_worker("stays", "stays", 1, [], [])
+    for worker in many:
+        s.stimulus_leave(worker)
+    assert len(s.workers) == len(many) + 1, "what they hold is being copied"
+    s.stimulus_worker_left("stays")
+    assert not s.workers
 
 
 def test_a_cancel_takes_dependents_along_and_leaves_alone_what_another_client_wants():
