@@ -1992,8 +1992,9 @@ class SchedulerMind(Mind):
 
     def copy_everywhere(self, ts):
         """A broadcast: to those that are here now.  (Who joins later fetches it when needed.)"""
+        have_it = {*ts.who_has, *dict(ts.copying).values(), *self.by_load[LEAVING]}
         for ws in self.workers.values():
-            if ws.load != LEAVING and ws not in ts.who_has and ws not in dict(ts.copying).values():
+            if ws not in have_it:
                 self.copy(ts, ws)
 
     def end_arrival(self, ts, attempt):
