@@ -3661,22 +3661,18 @@ class Worker(Body):
                 text = f"{text}: {type(error).__name__}: {error}"
                 raise RuntimeError(f"{text}: can that worker import the same as you?") from error
             start = time.perf_counter_ns()
-            result = func(*args, **kwargs)
-            if inspect.iscoroutine(result):
-                # It runs in the loop; its thread is taken all the same: else ``nthreads`` would
-                # bound nothing, and thousands of coroutines might begin at once.
-                result = asyncio.run_coroutine_threadsafe(self.run(result), self.loop).result()
+            result = self.call(func, args, kwargs)
             duration_us = (time.perf_counter_ns() - start) // 1000
             nbytes, value = sizeof(result), ()
         except BaseException as error:  # Also SystemExit: a task does not end its worker.
-            exception = pack_exception(error, skip=1)
+            exception = pack_exception(error, skip=2)
             with self.lock:
                 self.state.stimulus_failed(attempt.number, exception)
             return
         # A small result that somebody waits for travels with the notice: one message, and no
         # connection to this worker.  Others are pickled if and when they are asked for.
         if attempt.wanted and nbytes <= LIMITS["ride_along_bytes"]:
-            with contextlib.suppress(Exception):  # It will fail whoever asks for it.
+            with contextlib.suppress(BaseException):  # It will fail whoever asks for it.
                 value = dumps(result)
                 if sum(map(len, value)) > LIMITS["ride_along_bytes"]:
                     value = ()
@@ -3695,12 +3691,30 @@ class Worker(Body):
                     self.store[name] = value
         return value
 
-    async def run(self, coroutine):
-        """A task's coroutine, cancelled when the worker closes: its thread waits for it.
+    def call(self, func, args, kwargs):
+        """What a function returns, in its thread.  A coroutine runs in the loop.
 
-        It shares the loop with the worker: one that does not await holds up the heartbeats.
+        Its thread is taken all the same: else ``nthreads`` would bound nothing, and thousands of
+        coroutines might begin at once.  It shares the loop with the worker: one that does not await
+        holds up the heartbeats.  When the worker closes, it is cancelled.
         """
-        return await self.start(coroutine)
+        result = func(*args, **kwargs)
+        if inspect.iscoroutine(result):
+            running = asyncio.run_coroutine_threadsafe(self.run(result), self.loop)
+            result, error = running.result()
+            if error is not None:
+                raise error
+        return result
+
+    async def run(self, coroutine):
+        """(what a coroutine returns, None), or (None, what it raises: SystemExit ends a loop)"""
+        self.tasks.add(asyncio.current_task())
+        try:
+            return await coroutine, None
+        except BaseException as error:
+            return None, error
+        finally:
+            self.tasks.discard(asyncio.current_task())
 
     # Data connections.  What comes by them is entered in the mind's books only as far as rule three
     # of chapter 1 allows: a value that was put is claimed on the scheduler's stream.
@@ -3721,29 +3735,29 @@ class Worker(Body):
                         self.take(connection.peer, op, message)
                     self.flush()
                 elif op == "run":
-                    self.start(self.answer_run(connection, **message))
+                    run = functools.partial(self.answer_run, connection, **message)
+                    threading.Thread(target=run, daemon=True).start()
                 else:
                     raise ProtocolError(f"{op} on a data connection")
 
-    async def answer_run(self, connection, number, run_spec):
-        """Run a function outside of the task system, for Client.run.
+    def answer_run(self, connection, number, run_spec):
+        """Run a function outside of the task system, for Client.run, in a thread of its own.
 
         It takes none of the tasks' threads: it must be able to look at a worker that is busy.  The
         answer goes by the connection on which it was asked; if that is gone, nobody waits for it.
         """
+        WORKER.set(self)
         try:
-            WORKER.set(self)
-            func, args, kwargs = await asyncio.to_thread(load_call, run_spec, {})
+            func, args, kwargs = load_call(run_spec, {})
             with contextlib.suppress(ValueError, TypeError):  # Some builtins have no signature.
                 if "dask_worker" in inspect.signature(func).parameters:
                     kwargs["dask_worker"] = self
-            result = await asyncio.to_thread(func, *args, **kwargs)
-            if inspect.iscoroutine(result):
-                result = await result
-            status, value = "ok", dumps(result)
+            status, value = "ok", dumps(self.call(func, args, kwargs))
         except BaseException as error:
-            status, value = "error", pack_exception(error, skip=3)
-        connection.send(dict(op="ran", number=number, status=status, value=value))
+            status, value = "error", pack_exception(error, skip=2)
+        answer = dict(op="ran", number=number, status=status, value=value)
+        with contextlib.suppress(RuntimeError):  # The loop is closed.
+            self.loop.call_soon_threadsafe(connection.send, answer)
 
     async def give(self, name):
         """What to answer for a value: its frames, that it is not here, or why it is of no use.
@@ -3755,13 +3769,18 @@ class Worker(Body):
         value = self.store[name]
         if isinstance(value, Packed):
             return dict(status="ok", value=value.frames)
-        try:
-            # In another thread: pickling 100 MB takes long, and the loop has other peers.
-            return dict(status="ok", value=await asyncio.to_thread(dumps, value))
-        except Exception as error:
-            text = f"the result of {name[0]!r}, a {type_name(value)}, cannot be pickled: {error}"
-            error = TypeError(f"{text}: return something simpler")
-            return dict(status="error", value=pack_exception(error))
+        # In another thread: pickling 100 MB takes long, and the loop has other peers.
+        return await asyncio.to_thread(pack_result, name[0], value)
+
+
+def pack_result(key, result):
+    """What to answer for a result that is an object: its frames, or why nobody can pickle it."""
+    try:
+        return dict(status="ok", value=dumps(result))
+    except BaseException as error:  # Also what no future can hold: StopIteration, SystemExit.
+        text = f"the result of {key!r}, a {type_name(result)}, cannot be pickled: {error}"
+        error = TypeError(f"{text}: return something simpler")
+        return dict(status="error", value=pack_exception(error))
 
 
 # ---- 9. Client: Future, Client, as_completed, wait, fire_and_forget, progress ----

@@ -234,8 +234,12 @@ async def test_an_error_in_an_input_is_the_error_of_its_dependents(c, a, b):
 
 @on_cluster
 async def test_even_an_exit_of_a_task_is_only_its_error(c, a, b):
-    with pytest.raises(SystemExit):
-        await c.submit(sys.exit, 3)
+    async def leave():
+        sys.exit(3)
+
+    for call in (lambda: sys.exit(3)), leave:
+        with pytest.raises(SystemExit):
+            await c.submit(call)
     assert await c.submit(abs, -1) == 1
 
 
@@ -628,6 +632,28 @@ async def test_a_result_that_cannot_be_pickled_fails_alone_and_says_which(c, a, 
     with pytest.raises(TypeError, match="the-lock.*pickle"):
         await lock
     assert await good == 1
+
+
+class Unpicklable:
+    def __init__(self, how):
+        self.how = how
+
+    def __reduce__(self):
+        raise self.how
+
+
+@on_cluster
+async def test_however_a_result_cannot_be_pickled_its_worker_goes_on(c, a, b):
+    for how in StopIteration, SystemExit:
+        with pytest.raises(TypeError, match="a result.*pickle"):
+            await c.submit(Unpicklable, how, key=f"a result {how.__name__}").result(30)
+    assert await c.gather(c.map(abs, range(-5, 0))) == [5, 4, 3, 2, 1]
+
+
+@on_cluster
+async def test_a_run_that_stops_an_iteration_is_answered(c, a, b):
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        await asyncio.wait_for(c.run(next, iter(())), 30)
 
 
 @on_cluster
