@@ -1234,8 +1234,8 @@ class SchedulerMind(Mind):
     def stimulus_register_worker(self, worker, name, nthreads, values, attempts):
         """A worker joins; it holds and runs nothing yet.
 
-        Names differ, since tasks can be restricted to one, and reports of deaths speak of them.  (One
-        that is leaving is called nothing any more: its successor may bear its name.)
+        Names differ, since tasks can be restricted to one, and reports of deaths speak of them.
+        (One that is leaving is called nothing any more: its successor may bear its name.)
         """
         if any(ws.name == name for ws in self.called.get(name, ())):
             text = f"a worker named {name!r} is there already: choose another name"
@@ -1478,7 +1478,7 @@ class SchedulerMind(Mind):
         return "queued" if ts.run_spec else "processing"
 
     def settle(self):
-        """Take the edges, send what there is room for, and let go who leaves; until nothing is left.
+        """Take the edges; send what there is room for; let a worker go that leaves; and again.
 
         Afterwards no thread is idle while something waits for it (``validate`` S3, W3): whatever
         makes room or brings work ends here, so nothing has to poll.
@@ -1810,8 +1810,8 @@ class SchedulerMind(Mind):
     # Leaves: each changes a few facts, in both directions of a relation, and marks.
 
     def new_task(self, key, name, run_spec, priority=0, workers=(), loose=False, retries=0):
-        # In one number, since heaps compare little else: by the user's priority, and among equals by
-        # the order of submission.  So it is never another's.
+        # In one number, since heaps compare little else: by the user's priority, and among equals
+        # by the order of submission.  So it is never another's.
         self.submitted += 1
         order = self.submitted - priority * MANY
         ts = self.tasks[key] = TaskState(key, name, order, run_spec, tuple(workers), loose, retries)
@@ -3831,7 +3831,7 @@ class DoneAndNotDoneFutures(namedtuple("DoneAndNotDoneFutures", "done not_done")
 
 
 class Shown:
-    """Shows its ``_facts()``, as text and as HTML that leaves all colours to the notebook's theme."""
+    """Shows its ``_facts()``, as text and as HTML that leaves colours to the notebook's theme."""
 
     __slots__ = ()
 
@@ -5193,7 +5193,7 @@ def parse_key(text):
 
 
 def main(argv=None):
-    """The command line: ``minidist scheduler``, ``worker IP:PORT``, ``replay FILE``; the exit code."""
+    """The command line: ``minidist scheduler``, ``worker``, ``replay``; returns the exit code."""
     options = parse(argv)
     level = options.log_level.upper()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)

@@ -2,7 +2,8 @@
 
 Each function below provokes one failure for real, and returns what a user gets to see of it.
 README's table "When something goes wrong" has a row for it, whose first column is that text,
-with "..." for what differs from one time to the next: so neither can go without the other.  (Some rows stand for several failures.)
+with "..." for what differs from one time to the next: so neither can go without the other.
+(Some rows stand for several failures.)
 """
 
 import asyncio
