@@ -2965,7 +2965,7 @@ def pack_exception(error, skip=0):
         try:
             (data,) = dumps(error)
             pickle.loads(data)  # Many exceptions can be pickled, but not unpickled.
-        except Exception:
+        except BaseException:  # Whatever it does when it is pickled, it is the task's failure.
             data = b""
         # (Which minds that even ``str`` may raise.)
         text = "".join(traceback.format_exception_only(error)).strip()

@@ -642,6 +642,22 @@ class Unpicklable:
         raise self.how
 
 
+class UnpicklableError(Unpicklable, Exception):
+    pass
+
+
+def fail(how):
+    raise UnpicklableError(how)
+
+
+@on_cluster
+async def test_an_exception_that_cannot_be_pickled_does_not_end_the_thread(c, a, b):
+    for how in StopIteration, SystemExit:
+        with pytest.raises(minidist.RemoteError, match="UnpicklableError"):
+            await c.submit(fail, how, key=f"an error {how.__name__}").result(30)
+    assert await c.gather(c.map(abs, range(-5, 0))) == [5, 4, 3, 2, 1]
+
+
 @on_cluster
 async def test_however_a_result_cannot_be_pickled_its_worker_goes_on(c, a, b):
     for how in StopIteration, SystemExit:
