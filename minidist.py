@@ -3033,16 +3033,20 @@ def sizeof(obj, depth=3):
     """About how many bytes an object takes; of large containers a few items are looked at.
 
     An estimate is enough, to choose where a task should run; to walk through every result would
-    cost more than the best choice saves.  Arrays know their ``nbytes``.
+    cost more than the best choice saves.  Arrays know their ``nbytes``.  What raises when it is
+    looked at counts for little: a task does not fail over its size.
     """
-    nbytes = getattr(obj, "nbytes", None)
-    if isinstance(nbytes, int):
-        return nbytes
-    size = sys.getsizeof(obj, 64)
-    if depth and isinstance(obj, (list, tuple, set, frozenset, dict)) and obj:
-        some = list(islice(obj.items() if isinstance(obj, dict) else obj, 10))
-        size += len(obj) * sum(sizeof(item, depth - 1) for item in some) // len(some)
-    return size
+    try:
+        nbytes = getattr(obj, "nbytes", None)
+        if type(nbytes) is int:
+            return nbytes
+        size = sys.getsizeof(obj, 64)
+        if depth and isinstance(obj, (list, tuple, set, frozenset, dict)) and obj:
+            some = list(islice(obj.items() if isinstance(obj, dict) else obj, 10))
+            size += len(obj) * sum(sizeof(item, depth - 1) for item in some) // len(some)
+        return size
+    except Exception:
+        return 64
 
 
 def type_name(obj):

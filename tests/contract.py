@@ -465,6 +465,20 @@ async def a_task_may_return_none(client):
     return await client.submit(print, end="").result()
 
 
+@program("submit", gives=["Sized", "Sized"])
+async def a_result_may_say_anything_of_its_size(client):
+    class Sized:
+        def __init__(self, nbytes):
+            self.size = nbytes
+
+        @property
+        def nbytes(self):
+            return self.size if self.size is True else 1 / 0
+
+    results = await client.gather(client.map(Sized, [True, False]))
+    return [type(result).__name__ for result in results]
+
+
 @program("submit", gives=(1, 1_000_000))
 async def large_arguments_and_results_arrive(client):
     return await client.submit(lambda data: (data[0], len(data)), b"\1" * 1_000_000).result()
