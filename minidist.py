@@ -5315,8 +5315,12 @@ def end_with_stdin():
     """End when whoever holds the other end of standard input does, however that ends.
 
     At once, whatever runs: whoever started this process for its own use has no use for it now.
+    Tasks, and programs that they start, find an empty standard input: on this they would hang.
     """
-    while os.read(0, 1000):
+    lifeline = os.dup(0)
+    with open(os.devnull) as empty:
+        os.dup2(empty.fileno(), 0)
+    while os.read(lifeline, 1000):
         pass
     os._exit(0)
 

@@ -3,6 +3,8 @@
 import asyncio
 import operator
 import re
+import subprocess
+import sys
 import threading
 import types
 
@@ -124,3 +126,11 @@ async def test_an_asynchronous_client_needs_async_for(c, a, b):
 
 def test_a_worker_that_has_not_been_started_can_be_closed():
     asyncio.run(Worker("127.0.0.1:8786").close())
+
+
+def test_the_standard_input_of_a_task_is_empty():
+    def read():
+        return sys.stdin.read(), subprocess.run(["cat"], capture_output=True, timeout=10).stdout
+
+    with Client(n_workers=1) as client:
+        assert client.submit(read).result(timeout=20) == ("", b"")
