@@ -4420,7 +4420,7 @@ class Client(Threaded, Body):
             raise ValueError(f"retries={retries} is negative")
         if loose and workers is None:
             raise ValueError("allow_other_workers= without workers=: other than which?")
-        return priority, names_of(workers), bool(loose), retries
+        return priority, names_of(workers) or [], bool(loose), retries
 
     def _check_open(self):
         """Nothing new is taken after the end, nor after a fork.
@@ -4486,7 +4486,7 @@ class Client(Threaded, Body):
         """
         self._check_open()
         timeout = self._timeout if timeout is None else seconds(timeout)
-        options = (names_of(workers), bool(broadcast))
+        options = (names_of(workers) or [], bool(broadcast))
 
         def scatter_one(item, key=None):
             frames = dump_part("what is scattered", item)
@@ -4511,7 +4511,7 @@ class Client(Threaded, Body):
             try:
                 await self._settle(list(leaves_of(futures)), timeout)
             except TimeoutError:
-                there = len(await self._ask("workers", options[0]))
+                there = len(await self._ask("workers", options[0] or None))
                 called = f" called {workers!r}" if workers else ""
                 hint = "" if there else ": no worker is there, start one"
                 text = f"not scattered after {timeout} s, with {there} workers{called}{hint}"
@@ -4590,11 +4590,16 @@ class Client(Threaded, Body):
             raise ConnectionError(f"{peer} is gone")
         return answer.result()
 
-    async def _ask(self, what, keys=()):
-        """Facts from the scheduler's tables, as ``SchedulerMind.facts_...`` collects them."""
-        (rows,) = await self._question(SCHEDULER, "query", what, list(keys))
+    async def _ask(self, what, keys=None):
+        """Facts from the scheduler's tables, as ``SchedulerMind.facts_...`` collects them.
+
+        They are about what ``keys`` name; None asks for all, which the scheduler takes from none.
+        """
+        if keys is not None and not keys:
+            return {}
+        (rows,) = await self._question(SCHEDULER, "query", what, keys or [])
         facts = {thaw(key): thaw(fact) for key, fact in rows}
-        self._workers = facts if what == "workers" and not keys else self._workers
+        self._workers = facts if what == "workers" and keys is None else self._workers
         return facts
 
     def who_has(self, futures=None):
@@ -4604,7 +4609,8 @@ class Client(Threaded, Body):
         Like all that looks inside, it asks the scheduler, and raises RuntimeError if this client is
         closed, ConnectionError if the scheduler is lost.
         """
-        return self._run(self._ask("who_has", [future.key for future in leaves_of(futures)]))
+        keys = None if futures is None else [future.key for future in leaves_of(futures)]
+        return self._run(self._ask("who_has", keys))
 
     def has_what(self, workers=None):
         """{address: keys of the results that the worker holds}, of these workers or of all.
@@ -4640,7 +4646,7 @@ class Client(Threaded, Body):
 
         async def ask():
             sizes = collections.Counter()
-            for key, nbytes in (await self._ask("nbytes", keys or ())).items():
+            for key, nbytes in (await self._ask("nbytes", keys_of(keys))).items():
                 sizes[first_part(key) if summary else key] += nbytes
             return dict(sizes)
 
@@ -4664,7 +4670,7 @@ class Client(Threaded, Body):
         """
 
         async def ask():
-            return list((await self._ask("story", [getattr(k, "key", k) for k in keys])).values())
+            return list((await self._ask("story", keys_of(keys))).values())
 
         return self._run(ask())
 
@@ -4705,7 +4711,7 @@ class Client(Threaded, Body):
             raise TypeError("run takes no futures: gather them first")
 
         async def run():
-            rows = {} if workers == [] else await self._ask("workers", names_of(workers))
+            rows = await self._ask("workers", names_of(workers))
             questions = [self._question(row["id"], "run", run_spec) for row in rows.values()]
             answers = await asyncio.gather(*questions, return_exceptions=True)
             results = {}
@@ -4731,11 +4737,18 @@ class Client(Threaded, Body):
 
 
 def names_of(workers):
-    """What a user called workers by, as a list."""
-    names = [workers] if isinstance(workers, str) else workers or ()
+    """What a user called workers by, as a list; None, which is not the same as none, stays so."""
+    if workers is None:
+        return None
+    names = [workers] if isinstance(workers, str) else workers
     if not isinstance(names, (list, tuple, set)) or not all(isinstance(n, str) for n in names):
         raise TypeError(f"workers={workers!r} is no address, host or name, nor a list of them")
     return list(names)
+
+
+def keys_of(things):
+    """The keys of tasks that a user named by futures or keys; None stays so."""
+    return things and [check_key(getattr(thing, "key", thing)) for thing in things]
 
 
 def described(workers):

@@ -2292,6 +2292,14 @@ async def who_has_takes_a_future_or_several(client):
     return [len(await client.who_has(things)) for things in (x, [x], [x, y])]
 
 
+@program("look", gives=[{}] * 5)
+async def nothing_is_told_of_nothing(client):
+    future = client.submit(inc, 1)
+    await wait(future)
+    asked = (client.who_has, client.has_what, client.nthreads, client.processing, client.nbytes)
+    return [await ask([]) for ask in asked]
+
+
 @program("look", gives={"unfinished": 0})
 async def nobody_has_what_is_pending(client):
     with Gate() as gate:

@@ -128,6 +128,22 @@ def test_a_worker_that_has_not_been_started_can_be_closed():
     asyncio.run(Worker("127.0.0.1:8786").close())
 
 
+@on_cluster
+async def test_what_is_no_key_is_refused_and_the_client_lives_on(c, a, b):
+    future = c.submit(abs, -1, key="x")
+    assert await future == 1
+    assert await c.nbytes([future], summary=False) == {"x": 28}
+    assert await c.story(future)
+    for key in [None, 1, object(), ["x"]]:
+        with pytest.raises(TypeError, match="a key is a string or a tuple"):
+            await c.nbytes([key])
+        with pytest.raises(TypeError, match="a key is a string or a tuple"):
+            await c.story(key)
+    with pytest.raises(TypeError, match="is no address, host or name"):
+        c.submit(abs, -1, workers=0)
+    assert await c.submit(abs, -2) == 2
+
+
 def test_the_standard_input_of_a_task_is_empty():
     def read():
         return sys.stdin.read(), subprocess.run(["cat"], capture_output=True, timeout=10).stdout
