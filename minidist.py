@@ -4527,10 +4527,10 @@ class Client(Threaded, Body):
     def gather(self, futures, errors="raise", direct=None):
         """The results of futures in nested lists, tuples, sets and dicts, in the same shape.
 
-        ``errors="raise"`` raises the first exception; ``errors="skip"`` leaves out what failed, and
-        puts None in its place in a dict.  Results come directly from the workers, whatever
-        ``direct``.  Raises the first failed task's own exception, without waiting for the others;
-        CancelledError for one that was cancelled.
+        ``errors="raise"`` raises the first exception; ``errors="skip"`` leaves what failed out of
+        lists, and puts None in its place elsewhere.  Results come directly from the workers,
+        whatever ``direct``.  Raises the first failed task's own exception, without waiting for the
+        others; CancelledError for one that was cancelled.
 
         All of it comes here: if that is much, submit a call that needs only a part of it.
         """
@@ -4774,14 +4774,15 @@ def leaves_of(obj):
 def rebuild(obj):
     """Nested containers with values in the place of futures.
 
-    Those that failed are left out; in a dict, and by itself, they become None.
+    Those that failed are left out of lists; elsewhere they become None.
     """
     if isinstance(obj, Future):
         return None if failed(obj._state) else outcome(obj._state)
     if isinstance(obj, dict):
         return {key: rebuild(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple, set, frozenset)):
-        items = [rebuild(i) for i in obj if not (isinstance(i, Future) and failed(i._state))]
+        gone = Future if isinstance(obj, list) else ()
+        items = [rebuild(i) for i in obj if not (isinstance(i, gone) and failed(i._state))]
         return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
     return obj
 

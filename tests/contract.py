@@ -1009,6 +1009,13 @@ async def gather_puts_none_for_what_failed_in_a_dict(client):
     return await client.gather(futures, errors="skip")
 
 
+@program("gather", gives=((2, None), Point(2, None), {2, None}))
+async def gather_puts_none_for_what_failed_in_tuples_and_sets(client):
+    x, bad = client.submit(inc, 1), client.submit(fail, "bad")
+    shapes = ((x, bad), Point(x, bad), {x, bad})
+    return tuple([await client.gather(shape, errors="skip") for shape in shapes])
+
+
 @program("gather", gives=None)
 async def gather_of_a_single_future_that_failed_is_none_if_errors_are_skipped(client):
     return await client.gather(client.submit(fail, "bad"), errors="skip")
