@@ -4313,6 +4313,7 @@ class Client(Threaded, Body):
         caller's frames.
         """
         timeout = seconds(timeout)
+        self._check_own(futures)
         if self.asynchronous:
 
             async def wait_then_finish():
@@ -4539,7 +4540,6 @@ class Client(Threaded, Body):
         if isinstance(futures, collections.abc.Iterator):
             futures = list(futures)
         leaves = list(leaves_of(futures))
-        self._check_own(leaves)
         if not all(future._state and future._state.final for future in leaves):
             self._check_open()
 
@@ -4855,13 +4855,15 @@ class as_completed:
     """
 
     def __init__(
-        self, futures=(), loop=None, with_results=False, raise_errors=True, *, timeout=None
+        self, futures=None, loop=None, with_results=False, raise_errors=True, *, timeout=None
     ):
         self.with_results, self.raise_errors = with_results, raise_errors
         timeout = seconds(timeout)
         self._deadline = math.inf if timeout is None else time.monotonic() + timeout
+        self._lock = threading.Lock()  # Threads may share it: one at a time takes what is next.
+        self.client = None
         self.clear()
-        self.update(futures)
+        self.update(futures or ())
 
     def clear(self):
         """Forget all that was added."""
@@ -4872,12 +4874,14 @@ class as_completed:
     def add(self, future):
         """Wait for one more; this may be done while iterating, and after it has ended.
 
-        Raises TypeError for what is no future.
+        Raises TypeError for what is no future, ValueError for another client's.
         """
         if not isinstance(future, Future):
             raise TypeError(f"as_completed goes over futures, not {future!r:.80}")
+        self.client = self.client or future.client
+        self.client._check_own([future])
         self._left += 1
-        self.client, ready, news = future.client, self._ready, self._news
+        ready, news = self._ready, self._news
 
         def done(state):
             ready.append(future)
@@ -4942,13 +4946,14 @@ class as_completed:
         return self
 
     def __next__(self):
-        if not self._left:
-            raise StopIteration
-        if not self._ready and self.client.asynchronous:
-            raise TypeError("the futures of an asynchronous client need async for, not for")
-        if not self._ready:
-            self.client._run(self._wait())
-        return self._take()
+        with self._lock:
+            if not self._left:
+                raise StopIteration
+            if not self._ready and self.client.asynchronous:
+                raise TypeError("the futures of an asynchronous client need async for, not for")
+            if not self._ready:
+                self.client._run(self._wait())
+            return self._take()
 
     def __aiter__(self):
         return self
@@ -5030,6 +5035,7 @@ def progress(*futures, notebook=None, multi=True, complete=True):
     # dask: has a single bar in a terminal, and in a notebook a widget, which it returns.
     futures = futures_of(futures)
     client = futures[0].client if futures else Client.current()
+    client._check_own(futures)
     states = dict.fromkeys(future._known() for future in futures)
     bars = Bars([state for state in states if complete or not settled(state)], multi)
     IPython = sys.modules.get("IPython")  # Never imported: where it is not, there is no notebook.

@@ -1868,6 +1868,13 @@ async def it_can_be_cleared(client):
         return futures.count(), futures.is_empty(), await anext(futures, "nothing")
 
 
+@program("as_completed", gives=[1, 2, 3, 4], only="synchronous")
+async def threads_share_an_iterator(client):
+    futures = as_completed(client.map(inc, range(4)))
+    shares = [start(list, futures) for _ in range(3)]
+    return sorted(future.result() for share in shares for future in share.result(timeout=10))
+
+
 @program("as_completed", gives=["TimeoutError", "TimeoutError"])
 async def it_waits_until_a_timeout(client):
     with Gate() as gate:
@@ -1980,6 +1987,17 @@ async def wait_can_wait_for_the_first_exception(client):
         slow, bad = client.submit(gate.through), client.submit(fail, "bad")
         done, not_done = await wait([slow, bad], return_when="FIRST_EXCEPTION")
         return done.pop().status, not_done.pop().status
+
+
+@program(
+    "wait",
+    raises=ValueError,
+    dask=Gives(2),
+    differs="futures that are waited for together are those of one client",
+)
+async def wait_waits_for_the_futures_of_one_client(client):
+    async with connect(client.scheduler_info()["address"]) as other:
+        return len((await wait([client.submit(inc, 1), other.submit(inc, 2)])).done)
 
 
 @program(

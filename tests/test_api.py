@@ -129,6 +129,15 @@ def test_a_worker_that_has_not_been_started_can_be_closed():
 
 
 @on_cluster
+async def test_futures_of_several_clients_do_not_come_from_one_iterator(c, a, b):
+    async with Client(a.scheduler_address, asynchronous=True) as other:
+        done = minidist.as_completed([c.submit(abs, -1)])
+        with pytest.raises(ValueError, match="another client"):
+            done.add(other.submit(abs, -2))
+        assert [await future async for future in done] == [1]
+
+
+@on_cluster
 async def test_what_is_no_key_is_refused_and_the_client_lives_on(c, a, b):
     future = c.submit(abs, -1, key="x")
     assert await future == 1
