@@ -3822,6 +3822,8 @@ class KilledWorker(Exception):
 
 ALL_COMPLETED, FIRST_COMPLETED = "ALL_COMPLETED", "FIRST_COMPLETED"
 FIRST_EXCEPTION = "FIRST_EXCEPTION"
+CLOSED = "this client is closed: make a new one"
+INHERITED = "this client belongs to the parent process: make one of your own"
 RESERVED = {"resources", "actor", "fifo_timeout"}  # options of dask's that are not built
 
 
@@ -4058,7 +4060,7 @@ class Threaded(Shown):
 
     def _live(self, asynchronous):
         """The end of ``__init__``: a synchronous one has started when that returns."""
-        self.asynchronous, self._started = asynchronous, not asynchronous
+        self.asynchronous, self._started, self._pid = asynchronous, False, os.getpid()
         if asynchronous:
             return
         self.loop = asyncio.new_event_loop()
@@ -4071,6 +4073,8 @@ class Threaded(Shown):
             raise
 
     async def __aenter__(self):
+        if not self.asynchronous:
+            raise TypeError("async with needs asynchronous=True; use with")
         if not self._started:  # Else it was awaited, and is a context manager now.
             try:
                 await self._start()
@@ -4106,11 +4110,17 @@ class Threaded(Shown):
         """
         if self.asynchronous:
             return asyncio.wait_for(self._close(), seconds(timeout))
-        if not self.loop.is_closed():
-            self._run(self._close(), seconds(timeout))
+        if not self.loop.is_closed() and self._pid == os.getpid():
+            self._run(self._close_all(), seconds(timeout))
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join()
             self.loop.close()
+
+    async def _close_all(self):
+        """Close; and let other threads that wait hear of it before the loop stops."""
+        await self._close()
+        if others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others, timeout=1)
 
     def _run(self, coroutine, timeout=None):
         """Run in the loop: an awaitable, or (synchronous) wait for it here.
@@ -4119,12 +4129,12 @@ class Threaded(Shown):
         """
         if self.asynchronous:
             return coroutine
+        why = CLOSED if self.loop.is_closed() else INHERITED if self._pid != os.getpid() else ""
         if threading.current_thread() is self._thread:
+            why = "a synchronous client's own loop cannot wait for it: deadlock"
+        if why:
             coroutine.close()
-            raise RuntimeError("a synchronous client's own loop cannot wait for it: deadlock")
-        if self.loop.is_closed():
-            coroutine.close()
-            raise RuntimeError("this client is closed: make a new one")
+            raise RuntimeError(why)
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         try:
             return future.result(timeout)
@@ -4175,7 +4185,6 @@ class Client(Threaded, Body):
         self._scheduler = None  # the Connection
         # The exception type and words that new calls get, before it is connected and at its end.
         self._refusal = (RuntimeError, "this client is not connected: await it first")
-        self._pid = os.getpid()
         self._live(asynchronous)
 
     # Life.
@@ -4210,7 +4219,7 @@ class Client(Threaded, Body):
             Client._instances.remove(self)
         if self._scheduler is not None:
             await self._catch_up()
-            self._end(RuntimeError, "this client is closed: make a new one")
+            self._end(RuntimeError, CLOSED)
             await self._scheduler.written()  # Who listens hangs up when it is stopped.
             await self.stop()
             await self._scheduler.close()
@@ -4431,7 +4440,7 @@ class Client(Threaded, Body):
         if self._refusal:
             raise self._refusal[0](self._refusal[1])
         if self._pid != os.getpid():
-            raise RuntimeError("this client belongs to the parent process: make one of your own")
+            raise RuntimeError(INHERITED)
 
     def _check_own(self, futures):
         for future in futures:
@@ -4961,6 +4970,8 @@ class as_completed:
     async def __anext__(self):
         if not self._left:
             raise StopAsyncIteration
+        if not self.client.asynchronous:
+            raise TypeError("the futures of a synchronous client need for, not async for")
         await self._wait()
         return self._take()
 

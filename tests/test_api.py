@@ -1,11 +1,15 @@
 """The API on a live cluster: what the textbook and the contract have no room for."""
 
 import asyncio
+import concurrent.futures
+import contextlib
 import operator
+import os
 import re
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -151,6 +155,63 @@ async def test_what_is_no_key_is_refused_and_the_client_lives_on(c, a, b):
     with pytest.raises(TypeError, match="is no address, host or name"):
         c.submit(abs, -1, workers=0)
     assert await c.submit(abs, -2) == 2
+
+
+@pytest.fixture(scope="module")
+def synchronous():
+    with Client(n_workers=1, processes=False) as client:
+        yield client
+
+
+def test_a_synchronous_client_is_no_asynchronous_one(synchronous):
+    async def enter():
+        async with synchronous:
+            pass
+
+    async def iterate():
+        return [future async for future in minidist.as_completed([synchronous.submit(abs, -1)])]
+
+    with pytest.raises(TypeError, match="use with"):
+        asyncio.run(enter())
+    with pytest.raises(TypeError, match="need for, not async for"):
+        asyncio.run(iterate())
+
+
+def test_who_waits_while_a_client_is_closed_is_told(synchronous):
+    for _ in range(3):
+        outcome = []
+
+        def wait_for_many(client, outcome=outcome):
+            try:
+                client.wait_for_workers(99)
+            except RuntimeError as error:
+                outcome.append(str(error))
+
+        with Client(synchronous._address) as client:
+            thread = threading.Thread(target=wait_for_many, args=[client], daemon=True)
+            thread.start()
+            time.sleep(0.05)  # So that it sleeps, from one question to the next.
+        thread.join(10)
+        assert outcome == ["this client is closed: make a new one"]
+
+
+def test_after_a_fork_the_child_is_told_whose_client_it_is(synchronous):
+    future = synchronous.submit(time.sleep, 0.5)
+    calls = (synchronous.who_has, future.result, future.cancel, lambda: wait([future]))
+    end, inherited = os.pipe()
+    if not (child := os.fork()):
+        for call in calls:  # (In threads: what hangs shall not keep the child.)
+            with contextlib.suppress(Exception):
+                pool = concurrent.futures.ThreadPoolExecutor(1)
+                os.write(inherited, type(pool.submit(call).exception(5)).__name__.encode() + b" ")
+        synchronous.close()
+        os.write(inherited, b"closed")
+        os._exit(0)
+    os.close(inherited)
+    with open(end) as file:
+        assert file.read() == "RuntimeError " * len(calls) + "closed"
+    os.waitpid(child, 0)
+    assert future.result() is None
 
 
 def test_the_standard_input_of_a_task_is_empty():
