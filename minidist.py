@@ -3859,7 +3859,7 @@ class Future(Shown):
     two futures of one key are one task.  In an event loop, ``await future`` is its result.
     """
 
-    __slots__ = ("key", "client", "_state", "_live", "__weakref__")
+    __slots__ = ("key", "client", "_state", "_live", "__dict__", "__weakref__")
 
     def __init__(self, key, client):
         self.key, self.client = key, client
@@ -3867,10 +3867,13 @@ class Future(Shown):
         self._live = [None]  # popped once, by whoever releases it: list.pop is atomic
 
     def _known(self):
-        """Its state; to have one, the loop has to act on what was posted so far."""
-        if self._state is None:
+        """Its state; to have one, the loop has to act on what was posted so far.
+
+        For an asynchronous client's loop nobody can wait here: until then, it is pending.
+        """
+        if self._state is None and not self.client.asynchronous:
             self.client._run(self.client._catch_up())
-        return self._state
+        return self._state or FutureState(self.key, 0)
 
     @property
     def status(self):
@@ -3980,6 +3983,12 @@ class Future(Shown):
         if self.client.asynchronous:
             return self.result().__await__()
         raise TypeError("only futures of a Client(asynchronous=True) can be awaited: use result()")
+
+    def __copy__(self, memo=None):
+        """Itself: a future is a handle, and may be in objects that are copied."""
+        return self
+
+    __deepcopy__ = __copy__
 
     def __reduce__(self):
         """Among a call's arguments, note that it is one of them, and become its value there.

@@ -19,6 +19,7 @@ import asyncio
 import atexit
 import collections
 import concurrent.futures
+import copy
 import functools
 import gc
 import inspect
@@ -2269,6 +2270,20 @@ async def all_callbacks_are_called(client):
         future.add_done_callback(lambda _, number=number: seen.append(number))
     await until(lambda: len(seen) == 3)
     return sorted(seen)
+
+
+@program("Future", gives=[True, True])
+async def a_copy_of_a_future_is_a_future_of_the_same_key(client):
+    future = client.submit(inc, 1)
+    copies = [copy.copy(future), copy.deepcopy([future])[0]]
+    return [isinstance(c, Future) and c.key == future.key for c in copies]
+
+
+@program("Future", gives="a note")
+async def users_keep_notes_at_a_future(client):
+    future = client.submit(inc, 1)
+    future.note = "a note"
+    return future.note
 
 
 @program("Future", gives=(None, False))

@@ -142,6 +142,16 @@ async def test_futures_of_several_clients_do_not_come_from_one_iterator(c, a, b)
 
 
 @on_cluster
+async def test_another_thread_sees_the_futures_of_an_asynchronous_client(c, a, b):
+    def look():
+        futures = c.map(abs, range(3000))
+        return {future.status for future in futures}, {future.type for future in futures}
+
+    statuses, kinds = await asyncio.to_thread(look)
+    assert statuses <= {"pending", "finished"} and kinds <= {None, int}
+
+
+@on_cluster
 async def test_what_is_no_key_is_refused_and_the_client_lives_on(c, a, b):
     future = c.submit(abs, -1, key="x")
     assert await future == 1
