@@ -4884,7 +4884,9 @@ class as_completed:
         self.update(futures or ())
 
     def clear(self):
-        """Forget all that was added."""
+        """Forget all that was added; who waits for it is told that there is nothing."""
+        if self.client:
+            self.client._post(self._news.set)
         self._left = 0  # how many are still to be yielded
         self._ready = deque()  # those of them that are done
         self._news = asyncio.Event()  # set when something is ready
@@ -4938,8 +4940,8 @@ class as_completed:
             yield self.next_batch()
 
     async def _wait(self):
-        """Wait until one is done.  (The event may also tell of one that has been taken since.)"""
-        while not self._ready:
+        """Wait until one is done, or none is left.  (What the event told of may be taken since.)"""
+        while self._left and not self._ready:
             self._news.clear()
             try:
                 await asyncio.wait_for(self._news.wait(), self._deadline - time.monotonic())
@@ -4950,6 +4952,8 @@ class as_completed:
         """What is yielded for the next one that is done."""
         future = self._ready.popleft()
         self._left -= 1
+        if not self._left:  # Others may share this iterator, and wait.
+            self.client._post(self._news.set)
         state = future._state
         if not self.with_results:
             return future
@@ -4965,23 +4969,23 @@ class as_completed:
 
     def __next__(self):
         with self._lock:
+            if self._left and not self._ready:
+                if self.client.asynchronous:
+                    raise TypeError("the futures of an asynchronous client need async for, not for")
+                self.client._run(self._wait())
             if not self._left:
                 raise StopIteration
-            if not self._ready and self.client.asynchronous:
-                raise TypeError("the futures of an asynchronous client need async for, not for")
-            if not self._ready:
-                self.client._run(self._wait())
             return self._take()
 
     def __aiter__(self):
         return self
 
     async def __anext__(self):
-        if not self._left:
-            raise StopAsyncIteration
-        if not self.client.asynchronous:
+        if self._left and not self.client.asynchronous:
             raise TypeError("the futures of a synchronous client need for, not async for")
         await self._wait()
+        if not self._left:
+            raise StopAsyncIteration
         return self._take()
 
 

@@ -1869,6 +1869,16 @@ async def it_can_be_cleared(client):
         return futures.count(), futures.is_empty(), await anext(futures, "nothing")
 
 
+@program("as_completed", gives=[], only="synchronous")
+async def who_waits_for_futures_that_are_cleared_is_told(client):
+    with Gate() as gate:
+        futures = as_completed([client.submit(gate.through)])
+        waiting = start(list, futures)
+        await until(gate.reached)
+        futures.clear()
+        return waiting.result(timeout=10)
+
+
 @program("as_completed", gives=[1, 2, 3, 4], only="synchronous")
 async def threads_share_an_iterator(client):
     futures = as_completed(client.map(inc, range(4)))

@@ -142,6 +142,17 @@ async def test_futures_of_several_clients_do_not_come_from_one_iterator(c, a, b)
 
 
 @on_cluster
+async def test_coroutines_share_an_iterator(c, a, b):
+    done = minidist.as_completed(c.map(abs, range(5)))
+
+    async def share():
+        return [await future async for future in done]
+
+    shares = await asyncio.wait_for(asyncio.gather(share(), share(), share()), 10)
+    assert sorted(sum(shares, [])) == [0, 1, 2, 3, 4]
+
+
+@on_cluster
 async def test_another_thread_sees_the_futures_of_an_asynchronous_client(c, a, b):
     def look():
         futures = c.map(abs, range(3000))
