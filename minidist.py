@@ -996,6 +996,7 @@ class SchedulerMind(Mind):
         self.workers = {}  # {id: WorkerState}
         self.clients = {}  # {id: ClientState}
         self.queue = HeapSet()  # runnable tasks that any worker may take
+        self.hopeless = {}  # an ordered set of lost data, for which nobody should wait
         self.unrunnable = {}  # an ordered set of the tasks in "no-worker"
         # Every worker stands in the set of its load.  (OrderedDict: its first is found at once,
         # however many were taken out before it; in a dict they would be passed over each time.)
@@ -1485,6 +1486,9 @@ class SchedulerMind(Mind):
         """
         while True:
             super().settle()
+            if self.hopeless:
+                self.give_up(self.hopeless.popitem()[0])
+                continue
             self.fill()
             ws = self.may_go() if self.by_load[LEAVING] else None
             if ws is None:
@@ -1661,12 +1665,11 @@ class SchedulerMind(Mind):
         for dependency in ts.dependencies:
             dependency.waiters = dependency.waiters or {}
             dependency.waiters[ts] = None
-            if dependency.state == "erred":
+            if dependency.error:
                 ts.error = dependency.error
-            if dependency.state == "waiting":
-                self.cancel_if_lost(dependency)
             self.mark(dependency)
-        self.cancel_if_lost(ts)
+        if not (ts.run_spec or ts.givers):
+            self.hopeless[ts] = None
 
     def leave_waiting(self, ts):
         """All inputs are there; or it has failed, or nobody needs it.  It waits on nothing."""
@@ -1861,8 +1864,11 @@ class SchedulerMind(Mind):
             seen.update(more)
             found += more
 
-    def cancel_if_lost(self, ts):
+    def give_up(self, ts):
         """Data that nobody has is lost for good, and with it whatever waits for it.
+
+        (That is known only when all has settled: what has lost its value in the same moment begins
+        to wait as well, for it or for what waits for it.)
 
         There is no call that makes it, and no client that gives it any more (``givers`` is empty
         from the moment when it was in memory: a client keeps no copy of all that it ever
@@ -1871,7 +1877,7 @@ class SchedulerMind(Mind):
 
         How it was lost is kept for a while, for the submits that cross that news.
         """
-        if not (ts.run_spec or ts.givers):
+        if ts.state == "waiting":  # Else nobody needs it, and it is forgotten.
             how = "cannot be computed again" if ts.why else "could not be put on any worker"
             how = f"was lost with {ts.lost}" if ts.lost else how
             text = self.losses[ts.key] = f"the data {ts.key!r} {how}{ts.why}"
@@ -2114,7 +2120,7 @@ class SchedulerMind(Mind):
 
     def validate(self):
         """Assert every invariant.  Slow by design: a live process does so only when asked to."""
-        assert not self.marked and not self.changed
+        assert not (self.marked or self.changed or self.hopeless)
         tasks, workers = self.tasks.values(), self.workers.values()
         for ts in tasks:
             self.validate_task(ts)

@@ -706,3 +706,17 @@ def test_lost_data_cancels_also_what_begins_to_wait_for_it_in_the_same_moment():
     s.stimulus_time_passes(31_000_000)
     assert {fields["key"] for fields in told(s, "c", "key-cancelled")} == {"d", "x", "z"}
     assert s.states() == {}
+
+
+def test_lost_data_cancels_also_what_begins_to_wait_for_what_waits_for_it_in_the_same_moment():
+    s = Scheduler("v", "w")
+    scattered(s, workers=["name of w"])
+    for key, place in [("xd", "w"), ("yx", "v")]:
+        s.submit(*key, workers=[f"name of {place}"])
+        s.finish(key[0])
+    s.submit("z", "x", workers=["name of v"])
+    s.release("x")
+    sent(s)
+    s.stimulus_time_passes(31_000_000)
+    assert {fields["key"] for fields in told(s, "c", "key-cancelled")} == {"d", "y", "z"}
+    assert s.states() == {}
