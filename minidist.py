@@ -1129,19 +1129,17 @@ class SchedulerMind(Mind):
             return
         self.want(cs, ts, want, tell=ts.state != "erred")
         found, seen = [ts], {ts}
-        for each in found:  # It grows meanwhile.
-            more = ()
+        for each in found:  # It grows meanwhile, by the inputs that failed, or that need such ones.
+            more = each.dependencies if each.error or each.state == "released" else ()
+            found += [other for other in more if other not in seen]
+            seen.update(more)
+        for each in found:  # It grows by what failed because they did, but not by its other inputs.
             if error := each.error:
-                # With the inputs that made it fail, and what failed because it did.
-                more = [*each.dependencies, *(d for d in each.dependents if d.error == error)]
+                found += [other for other in each.dependents if other.error == error]
                 each.error = ()
                 self.mark(each)
                 for wanting in each.who_wants:
                     self.send(wanting.id, "key-retried", each.key, wanting.wants_what[each])
-            elif each.state == "released":
-                more = each.dependencies  # Nobody wants it for itself; what failed is behind it.
-            found += [other for other in more if other not in seen]
-            seen.update(more)
         self.settle()
 
     def stimulus_fire_and_forget(self, client, names):

@@ -1545,7 +1545,7 @@ SchedulerMind.end_arrival | self.tell(cs, ts) | pass | agreement
 SchedulerMind.stimulus_put_failed | self.end_arrival(ts, attempt) | pass | liveness
 WorkerMind.missed | in self.needed_by.get(name, ()) | in () | the_books_balance
 # A retry loses its dependencies.
-SchedulerMind.stimulus_retry | *each.dependencies, |  | honesty
+SchedulerMind.stimulus_retry | each.error or |  | honesty
 # An innocent is blamed; a suspect does not run alone.
 SchedulerMind.suspect | if blamed: | if True: | honesty
 SchedulerMind.most_load | return EMPTY | return FREE | the_books_balance

@@ -272,6 +272,20 @@ def test_a_retry_runs_failed_inputs_and_what_failed_because_of_them_again():
     assert {(f["key"], f["want"]) for f in told(s, "c", "key-in-memory")} == {("x", 1), ("y", 2)}
 
 
+def test_a_retry_leaves_alone_what_failed_on_its_own_beside_its_inputs():
+    s = Scheduler("w", nthreads=2)
+    for key, *inputs in ["c", "d", "ad", "bcd", "xcd"]:
+        s.submit(key, *inputs)
+    for key in "dc":
+        s.stimulus_task_erred("w", s.tasks[key].attempt, (b"boom of %s" % key.encode(),))
+    sent(s)
+    s.stimulus_retry("c", "a", 2)
+    assert s.states() == {"c": "erred", "d": "processing", "a": "waiting"} | dict.fromkeys(
+        "bx", "erred"
+    )
+    assert {f["exception"] for f in told(s, "c", "key-erred")} == {(b"boom of c",)}
+
+
 def test_a_retry_of_what_is_not_wanted_any_more_is_answered_under_its_own_number():
     s = Scheduler("w")
     s.stimulus_retry("c", "x", 7)
