@@ -1222,6 +1222,7 @@ class SchedulerMind(Mind):
         return [(ws.address, {f: getattr(ws, f) for f in fields}) for ws in self.named(names)]
 
     def facts_story(self, keys):
+        keys = {*keys}
         lines = [(*line, ws.id if ws else "") for *line, ws in self.story if line[0] in keys]
         return list(enumerate(lines))
 
@@ -2423,7 +2424,9 @@ class WorkerMind(FetchingMind):
         to those before.  Whether it was worth a strike is for the scheduler to say.
         """
         for attempt in self.needed_by.get(name, ()):
-            self.decree(attempt, "returned", [*(attempt.told or [[]])[0], (*name, misses)])
+            if not attempt.told:
+                self.give_back(attempt)
+            attempt.told[0].append((*name, misses))
 
     def give_back(self, attempt):
         """It has to be placed again, though it missed nothing."""

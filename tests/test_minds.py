@@ -617,6 +617,14 @@ def test_a_copy_is_an_attempt_that_goes_back_as_soon_as_its_input_is_here():
     assert ops == [("add-keys", {"names": [("x", 1)]}), returned]
 
 
+def test_an_attempt_that_misses_several_inputs_at_once_names_each_of_them():
+    w = WorkerMind()
+    compute(w, 7, *"xyz")
+    w.stimulus_link_lost("v")
+    (returned,) = told(w, SCHEDULER, "task-returned")
+    assert returned["misses"] == [(key, 1, ["v"]) for key in "xyz"]
+
+
 def test_a_holder_that_is_dead_is_not_asked():
     w = WorkerMind()
     w.stimulus_compute_task(SCHEDULER, "y", 7, "f", (b"f",), [("x", 1, [*"uvw"])], [0], False)
