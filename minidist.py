@@ -1179,7 +1179,7 @@ class SchedulerMind(Mind):
         # Otherwise it was let go meanwhile; or lost or made again, and that notice is under way.
         if ts is not None and ts.state == "memory" and ts.attempt == attempt:
             self.strike(ts, holders)
-            target = self.least_loaded(FULL, but=ts.who_has)
+            target = self.least_loaded(FULL, lambda ws: ws not in ts.who_has)
             if ts.stuck and (target is None or ts.misses > ALLOWED_FAILURES):
                 # Its holder may be dead, without our knowing it yet: then there is more to say.
                 self.complaints[cs, ts] = f"{key!r} could not be fetched from {', '.join(holders)}"
@@ -1502,10 +1502,10 @@ class SchedulerMind(Mind):
                 ws, _ = self.changed.popitem()
                 while ts := self.next_for(ws):
                     self.process(ts, ws)
-                if ws.queue and (idle := self.least_loaded(FREE, but=self.crowded)):
+                if ws.queue and (idle := self.least_loaded(FREE, lambda ws: not ws.queue)):
                     self.changed[idle] = None  # It may steal.
             ts = self.queue.peek()
-            ws = self.least_loaded(self.most_load(ts)) if ts else None
+            ws = self.room_for(ts) if ts else None
             if ws is None:
                 break
             self.process(ts, ws)
@@ -1525,20 +1525,16 @@ class SchedulerMind(Mind):
     def next_for(self, ws):
         """What ``ws`` has room for: of its own queue, of the common one, or of another worker's.
 
-        Only heads are looked at.  What stands behind a long task could be short enough to fit; to
-        look for it would cost a scan, and let short tasks pass by others of higher priority.  But a
-        head of a queue that does not fit does not hold up that of the other one, unless it is a
-        suspect: then the worker would never be empty.
+        Only the first of both heads is looked at.  What stands behind it, in whichever queue, could
+        be short enough to fit where it does not.  But then no thread would ever be free for a long
+        task, nor a worker empty for a suspect, while short ones of lower priority keep coming.
         """
-        first, second = ws.queue.peek(), self.queue.peek()
-        if first and second and second.priority < first.priority:
-            first, second = second, first
-        for ts in (first, second):
-            if ts and self.has_room(ws, ts):
-                return ts
-            if ts and ts.suspect:
-                return None  # Let this worker run empty.
-        return self.steal(ws) if self.crowded and ws.load <= FREE and not ws.queue else None
+        ts, other = ws.queue.peek(), self.queue.peek()
+        if ts is None or (other and other.priority < ts.priority):
+            ts = other
+        if ts:
+            return ts if self.has_room(ws, ts) else None
+        return self.steal(ws) if self.crowded and ws.load <= FREE else None
 
     def steal(self, ws):
         """What waits for another worker, and would start sooner here, with its inputs moved.
@@ -1583,16 +1579,23 @@ class SchedulerMind(Mind):
             return EMPTY
         return ROOM if self.estimate(ts) <= ROOM_US else FREE
 
-    def least_loaded(self, most, but=()):
-        """The least loaded of the workers with a load of at most ``most``, or None.
+    def room_for(self, ts):
+        """A worker with room for ``ts``, and with nothing in its own queue that goes first."""
+
+        def before(ws):
+            return not ws.queue or ts.priority < ws.queue.peek().priority
+
+        return self.least_loaded(self.most_load(ts), before if self.crowded else None)
+
+    def least_loaded(self, most, fits=None):
+        """The least loaded of the workers that fit, with a load of at most ``most``, or None.
 
         Only a few are compared: with thousands of workers, deciding must not cost a scan.  Those
         that are about to go have the highest load of all, which nobody asks for.
         """
         for group in self.by_load[: most + 1]:
             if group:
-                some = (ws for ws in group if ws not in but) if but else group
-                some = islice(some, LIMITS["holders"])
+                some = islice(filter(fits, group), LIMITS["holders"])
                 if ws := min(some, key=lambda ws: ws.occupancy // ws.nthreads, default=None):
                     return ws
         return None
@@ -2145,10 +2148,10 @@ class SchedulerMind(Mind):
         staying = [ws for ws in workers if ws.leaving is None]
         assert called == {(alias, ws) for ws in staying for alias in ws.aliases()}
         assert all(ts in cs.wants_what and ts.stuck for cs, ts in self.complaints)
-        # S3. No worker is free for what waits in the common queue; and only who may not run
-        # anywhere has no worker.
+        # S3. No worker is free for what waits in the common queue, unless for what waits in its own
+        # and goes first; and only who may not run anywhere has no worker.
         head = self.queue.peek()
-        assert head is None or self.least_loaded(self.most_load(head)) is None, head
+        assert head is None or self.room_for(head) is None, head
         assert all(not staying or self.allowed(ts) == {} for ts in self.unrunnable)
 
     def validate_task(self, ts):

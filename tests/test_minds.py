@@ -381,6 +381,22 @@ def test_a_queue_remembers_few_of_those_that_were_taken_out_of_it():
     assert s.states() == {"x0": "processing"}
 
 
+@pytest.mark.parametrize("tiny_inputs, urgent_inputs", [("x", ""), ("", "x")])
+def test_a_long_task_is_not_passed_for_ever_by_short_ones_of_another_queue(
+    tiny_inputs, urgent_inputs
+):
+    s = Scheduler("w").measured("tiny", duration_us=100)
+    s.submit("x")
+    s.finish("x")
+    for n in range(100):
+        s.submit(f"y{n}", *tiny_inputs, name="tiny")
+    s.submit("urgent", *urgent_inputs, priority=1)
+    for n in range(10):
+        assert s.states()["urgent"] == "queued", "tiny ones were sent a millisecond deep"
+        s.finish(f"y{n}", duration_us=100)
+    assert s.states()["urgent"] == "processing"
+
+
 def test_a_task_of_a_millisecond_is_short_and_fills_the_room():
     s = Scheduler("w").measured("f", duration_us=10).measured("g", duration_us=1_000)
     for key, name in [("x", "f"), ("y", "g"), ("z", "f")]:
