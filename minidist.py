@@ -5183,6 +5183,8 @@ async def worker_process(*arguments, ended_by):
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(ended_by)
         await process.wait()
+        with contextlib.suppress(OSError):  # What its tasks have started, if anything is left.
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 async def describe_exit(process):
@@ -5271,10 +5273,27 @@ def main(argv=None):
 
 
 async def until_stopped(coroutine):
-    """Run a coroutine; SIGINT and SIGTERM cancel it, also where a shell lets SIGINT be ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Run a coroutine; SIGINT and SIGTERM cancel it, also where a shell lets SIGINT be ignored.
+
+    Children that a task forks share the pipe that brings signals to this loop: what is sent to one
+    would stop us.  They get the handlers of any program, and no signal until they have them.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(number, asyncio.current_task().cancel)
+
+    def as_any_program():
+        signal.set_wakeup_fd(-1)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+        unblock()
+
+    block, unblock = (
+        functools.partial(signal.pthread_sigmask, how, numbers)
+        for how in (signal.SIG_BLOCK, signal.SIG_UNBLOCK)
+    )
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=as_any_program)
     await coroutine
 
 
@@ -5368,15 +5387,15 @@ async def run_workers(options):
 def end_with_stdin():
     """End when whoever holds the other end of standard input does, however that ends.
 
-    At once, whatever runs: whoever started this process for its own use has no use for it now.
-    Tasks, and programs that they start, find an empty standard input: on this they would hang.
+    At once, whatever runs, and with what tasks have started: whoever started this process for its
+    own use has no use for it now.  Tasks, and their processes, find an empty standard input.
     """
     lifeline = os.dup(0)
     with open(os.devnull) as empty:
         os.dup2(empty.fileno(), 0)
     while os.read(lifeline, 1000):
         pass
-    os._exit(0)
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

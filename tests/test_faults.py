@@ -13,12 +13,15 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import multiprocessing
 import os
 import queue
 import re
 import select
 import signal
 import socket
+import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -430,6 +433,59 @@ def test_a_worker_of_a_local_cluster_that_is_asked_to_end_is_replaced_and_its_da
         assert names_of_workers(c) == ["0", "1"] and pid not in c.run(os.getpid).values()
         assert c.gather(data) == ["x" * 100_000, "y" * 100_000]
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+SCRIPT_THAT_CALLS_HOME = """
+import subprocess, sys, time, minidist
+home = f"import socket; s = socket.create_connection(('127.0.0.1', {sys.argv[1]}))"
+call = [sys.executable, "-c", f"{home}; s.sendall(bytes(8)); s.recv(1)"]
+minidist.Client(n_workers=1).submit(subprocess.run, call).result()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_what_a_task_has_started_ends_with_the_script(listener, tmp_path, number):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT_THAT_CALLS_HOME)
+    with process(script, port_of(listener), PYTHONPATH=str(ROOT)) as p:
+        with caller(listener) as (line, _):
+            p.send_signal(number)
+            assert line.recv(1) == b""
+
+
+def test_what_a_task_has_started_ends_with_its_worker_of_a_local_cluster(listener):
+    home = f"import socket; s = socket.create_connection(('127.0.0.1', {port_of(listener)}))"
+    call = [sys.executable, "-c", f"{home}; s.sendall(bytes(8)); s.recv(1)"]
+    with Client(n_workers=1) as c:
+        task = c.submit(subprocess.run, call)
+        with caller(listener) as (line, _):
+            c.close()
+            assert line.recv(1) == b"" and task.cancelled()
+
+
+@by_value
+def end_a_child():
+    """A task that forks a process, and stops it as a ``multiprocessing.Pool`` stops its own."""
+    child = multiprocessing.get_context("fork").Process(target=signal.pause)
+    child.start()
+    child.terminate()
+    child.join()
+    return child.exitcode, os.getpid()
+
+
+def test_a_signal_to_a_process_that_a_task_has_forked_does_not_end_the_worker():
+    with Client(n_workers=1, threads_per_worker=1) as c:
+        for _ in range(3):
+            code, pid = c.submit(end_a_child, pure=False).result(30)
+            assert code == -signal.SIGTERM
+            assert list(c.run(os.getpid).values()) == [pid]
+
+
+def test_tasks_on_a_local_cluster_find_an_empty_standard_input():
+    with Client(n_workers=1) as c:
+        with pytest.raises(EOFError):
+            c.submit(input).result(30)
+        assert c.submit(subprocess.check_output, "cat").result(30) == b""
 
 
 def test_a_silent_worker_of_a_local_cluster_is_killed_and_replaced(listener):
