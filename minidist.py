@@ -4759,7 +4759,7 @@ class Client(Threaded, Body):
         if self._refusal:
             return [self._refusal[1]]
         if not self.asynchronous and threading.current_thread() is not self._thread:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, RuntimeError):
                 self._run(self._ask("workers"), timeout=1)
         return [self._address, described(self._workers.values())]
 

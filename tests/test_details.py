@@ -343,6 +343,27 @@ def test_a_synchronous_client_serves_many_threads(scheduler):
             assert list(pool.map(use, range(100))) == list(range(1, 101))
 
 
+def test_in_a_forked_process_what_waits_for_a_cluster_raises_and_nothing_is_closed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, minidist\n"
+        "with minidist.Client(processes=False) as c, minidist.Client(c.cluster) as d:\n"
+        "    f = d.submit(pow, 2, 3, workers='nobody')\n"
+        "    if not os.fork():\n"
+        "        for wait in (f.result, d.scheduler_info, d.cancel):\n"
+        "            try:\n"
+        "                wait(*[f][: wait == d.cancel])\n"
+        "            except RuntimeError as error:\n"
+        "                assert 'parent' in str(error), error\n"
+        "        repr(d), d.close(), c.close(), os._exit(7)\n"
+        "    assert os.WEXITSTATUS(os.wait()[1]) == 7\n"
+        "    assert d.submit(abs, -1).result() == 1\n"
+    )
+    with process(script, PYTHONPATH=str(ROOT)) as p:
+        _, err = p.communicate(timeout=30)
+        assert p.returncode == 0, err
+
+
 def test_a_call_from_the_own_loop_of_a_synchronous_client_raises(scheduler):
     async def from_the_loop():
         with pytest.raises(RuntimeError, match="deadlock"):
