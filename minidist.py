@@ -2525,6 +2525,18 @@ PREFIX = struct.Struct("!IQ")  # bytes of the header, bytes of all frames
 LARGE = 256 << 10  # frames of so much together are read straight into buffers of their own
 CHUNK = 1 << 20
 
+# A host that is gone says nothing, and who only waits for it would wait for ever: so the kernel
+# asks whether it is there.  (One that is slow, or whose process is frozen, is there.)
+KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
+    (socket.IPPROTO_TCP, getattr(socket, name), value)
+    for name, value in (
+        ("TCP_KEEPIDLE", LIMITS["stall_seconds"] // 3),
+        ("TCP_KEEPINTVL", LIMITS["stall_seconds"] // 3),
+        ("TCP_USER_TIMEOUT", LIMITS["stall_seconds"] * 1000),  # also for what is not acknowledged
+    )
+    if hasattr(socket, name)  # What macOS has bears other names.
+]
+
 
 def pack(messages):
     """One batch as buffers to be written one after the other.
@@ -2621,6 +2633,8 @@ class Connection:
             writer.close()
             raise
         self.reader, self.writer = reader, writer
+        for level, option, value in KEEPALIVE:
+            writer.get_extra_info("socket").setsockopt(level, option, value)
         self.flush()
 
     def send(self, message):

@@ -325,6 +325,20 @@ def test_who_runs_another_python_is_refused_with_both_versions(monkeypatch):
     asyncio.run(main())
 
 
+def test_a_connection_to_a_host_that_is_gone_ends_by_itself():
+    """The kernel sees to that: what the two ends have to say to it is all that is tested here."""
+
+    async def main():
+        async with minidist.Scheduler() as s, Client(s.address, asynchronous=True) as c:
+            for link in (*s.links.values(), *c.links.values()):
+                end = link.writer.get_extra_info("socket")
+                assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                if hasattr(socket, "TCP_USER_TIMEOUT"):
+                    assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+
+    asyncio.run(main())
+
+
 def test_a_data_connection_reaches_only_the_worker_process_that_it_means():
     async def main():
         async with minidist.Scheduler() as s, Worker(s.address, nthreads=1) as a:
