@@ -2773,20 +2773,24 @@ def secret():
     half done.
     """
     if token := os.environ.get("MINIDIST_TOKEN"):
-        return token.encode()
+        return os.fsencode(token)
     path = os.path.expanduser("~/.minidist/token")
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        draft = f"{path}.{unique()}"
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(os.urandom(32).hex())
-        with contextlib.suppress(FileExistsError):  # Another process was first: use its own.
-            os.link(draft, path)
-        os.unlink(draft)
-    if os.stat(path).st_mode & 0o077:
-        raise PermissionError(f"{path} can be read by others: chmod 600 {path}")
-    with open(path, "rb") as file:
-        return file.read()
+    try:
+        if not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            draft = f"{path}.{unique()}"
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(os.urandom(32).hex())
+            with contextlib.suppress(FileExistsError):  # Another process was first: use its own.
+                os.link(draft, path)
+            os.unlink(draft)
+        with open(path, "rb") as file:
+            token, mode = file.read().strip(), os.fstat(file.fileno()).st_mode
+    except OSError as error:  # No network's error, after which it might be tried again.
+        raise PermissionError(f"no secret ({error}): set MINIDIST_TOKEN") from error
+    if mode & 0o077 or not token:
+        raise PermissionError(f"{path} can be read by others, or is empty: chmod 600 {path}")
+    return token
 
 
 def split_address(address):
@@ -3138,6 +3142,7 @@ class Body:
 
     async def listen(self, host, port):
         """Serve whoever connects; ``address`` says where.  Raises OSError if the port is taken."""
+        secret()  # Without one nobody could be served: say so now.
         self.server = await asyncio.start_server(self.accept, host, port, limit=4 * CHUNK)
         port = self.server.sockets[0].getsockname()[1]
         self.address = f"tcp://{reachable(host)}:{port}"
@@ -3276,12 +3281,12 @@ async def reach_scheduler(address, body, timeout):
             raise PermissionError(f"{address}: {error}") from None
         except (OSError, EOFError) as error:
             connection.hang_up()
+            why = str(error) or "no answer; if it is in this event loop, use asynchronous=True"
             if time.monotonic() >= deadline:
-                why = str(error) or "no answer; if it is in this event loop, use asynchronous=True"
                 text = f"no scheduler at {address} within {timeout} s ({why})"
                 raise ConnectionError(f"{text}: is it running, is this its address?") from error
         if timeout is None and trial == 0:
-            logger.warning("No scheduler at %s yet; trying again", address)
+            logger.warning("No scheduler at %s yet (%s); trying again", address, why)
         await asyncio.sleep(0.1)
 
 

@@ -630,6 +630,28 @@ def test_a_wrong_secret_is_refused_in_one_line_that_says_where_it_is_looked_for(
         pass  # It still serves those who hold the secret.
 
 
+def test_a_secret_that_cannot_be_read_is_the_end_at_once_and_said_in_one_line(scheduler, tmp_path):
+    (tmp_path / ".minidist").touch()  # No folder: nothing can be in it.
+    for command in (["scheduler", "--port", 0], ["worker", scheduler.address]):
+        with process(SCRIPT, *command, MINIDIST_TOKEN="", HOME=str(tmp_path)) as p:
+            _, err = p.communicate(timeout=30)
+            assert p.returncode == 1
+            assert "no secret" in err and len(err.splitlines()) == 1
+
+
+def test_a_secret_is_the_same_however_its_file_ends_and_an_empty_one_is_none(monkeypatch, tmp_path):
+    monkeypatch.delenv("MINIDIST_TOKEN")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made, path = minidist.secret(), tmp_path / ".minidist" / "token"
+    path.write_bytes(made + b"\n")
+    assert minidist.secret() == made
+    path.write_bytes(b"\n")
+    with pytest.raises(PermissionError, match="empty"):
+        minidist.secret()
+    monkeypatch.setenv("MINIDIST_TOKEN", os.fsdecode(b"\xff"))
+    assert minidist.secret() == b"\xff"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_workers_and_schedulers_at_once_and_without_a_traceback(
     scheduler, listener, number
