@@ -3324,6 +3324,8 @@ class Scheduler(Body):
         # Attempts are numbered from the time of day: higher in each life of a scheduler, so that
         # what a worker still sends to the one before can never be taken for an answer.
         ttl_us = int(seconds(worker_ttl) * 1_000_000)
+        if ttl_us < 1:
+            raise ValueError(f"worker_ttl={worker_ttl} is no time that a worker could live")
         made_with = {"first_attempt": time.time_ns() // 1000, "ttl_us": ttl_us}
         super().__init__(SchedulerMind(**made_with))
         if folder := os.environ.get("MINIDIST_RECORD"):  # There every scheduler has a file.
@@ -5209,7 +5211,8 @@ async def worker_process(*arguments, ended_by):
 async def describe_exit(process):
     """How a process ended: what a ``KilledWorker`` says of it."""
     code = await process.wait()
-    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+    names = {-number: number.name for number in signal.Signals}  # Real-time ones have none.
+    return f"exit code {code}" if code >= 0 else f"killed by {names.get(code, -code)}"
 
 
 # ---- 12. Command line ----
@@ -5285,7 +5288,7 @@ def main(argv=None):
         asyncio.run(until_stopped(options.run(options)))
     except (KeyboardInterrupt, asyncio.CancelledError):
         pass  # Leave at once, and in order.
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         print(f"minidist {options.command}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -412,6 +412,16 @@ def test_a_port_that_was_asked_for_and_is_in_use_is_an_error(scheduler):
         assert port in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "option, value",
+    [("--port", 70_000), ("--port", -1), ("--worker-ttl", "inf"), ("--worker-ttl", 0)],
+)
+def test_a_number_that_makes_no_sense_is_refused_in_one_line(option, value):
+    with process(SCRIPT, "scheduler", "--port", 0, option, value) as p:
+        out, err = p.communicate(timeout=30)
+        assert p.returncode == 1 and out == "" and len(err.splitlines()) == 1
+
+
 def test_only_a_port_in_use_makes_a_scheduler_try_the_next():
     with process(SCRIPT, "scheduler", "--host", "192.0.2.1") as p:
         _, err = p.communicate(timeout=30)

@@ -89,11 +89,6 @@ def note(path, value):
 
 
 @by_value
-def kill_yourself():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@by_value
 def run_beside(port, path, value):
     """The first time, it calls home; later it stays for as long as an ``os._exit`` is there."""
     with contextlib.suppress(FileExistsError):
@@ -179,7 +174,12 @@ def nothing_is_left(environment, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    "function, arguments, how", [(os._exit, [3], "exit code 3"), (kill_yourself, [], "SIGKILL")]
+    "function, arguments, how",
+    [
+        (os._exit, [3], "exit code 3"),
+        (signal.raise_signal, [signal.SIGKILL], "SIGKILL"),
+        (signal.raise_signal, [signal.SIGRTMIN + 1], f"killed by {signal.SIGRTMIN + 1}"),
+    ],
 )
 def test_a_task_that_ends_its_process_is_a_killed_worker_who_names_workers_ways_and_times(
     function, arguments, how
