@@ -2816,15 +2816,22 @@ def dumps(obj):
     is in ``__main__`` by a name that means something else on a worker: then cloudpickle does it,
     and sends functions and classes of ``__main__`` by value.  (The word may also stand in the
     user's data: then the slower pickler did no harm.)
+
+    Small buffers stay in the pickle: a frame for each would cost more than the copy that it saves,
+    and a batch of calls with some hundred arrays each would have too many of them.
     """
     buffers = []
+
+    def outside(buffer):
+        return memoryview(buffer).nbytes < LIMITS["ride_along_bytes"] or buffers.append(buffer)
+
     try:
-        data = pickle.dumps(obj, protocol=5, buffer_callback=buffers.append)
+        data = pickle.dumps(obj, protocol=5, buffer_callback=outside)
     except Exception:
         data = None
     if data is None or b"__main__" in data:
-        buffers = []
-        data = cloudpickle.dumps(obj, protocol=5, buffer_callback=buffers.append)
+        buffers.clear()
+        data = cloudpickle.dumps(obj, protocol=5, buffer_callback=outside)
     return (data, *[buffer.raw() for buffer in buffers])
 
 

@@ -518,14 +518,34 @@ async def test_tasks_wait_while_no_worker_is_there(c, a, b):
         assert await x == 1
 
 
+def test_small_buffers_travel_within_the_pickle_and_arrive_writable():
+    frames = dumps([pickle.PickleBuffer(bytearray(8)) for _ in range(1_000)])
+    assert len(frames) == 1
+    loads(frames)[0][:] = b"writable"
+
+
+def test_nobody_can_take_the_scheduler_s_place():
+    async def main():
+        async with minidist.Scheduler() as s, Client(s.address, asynchronous=True) as c:
+            impostor = minidist.Connection()
+            await impostor.connect(s.address, "worker")
+            about = {"name": "x", "nthreads": 1, "values": [], "attempts": []}
+            impostor.send({"op": "register-worker", "id": minidist.SCHEDULER, **about})
+            with pytest.raises(EOFError):
+                await impostor.receive()
+            assert await c.who_has() == {}
+
+    asyncio.run(main())
+
+
 def test_a_large_buffer_is_not_copied_into_the_pickle_and_arrives_writable():
-    data = bytearray(1000)
+    data = bytearray(100_000)
     _, frame = frames = dumps(pickle.PickleBuffer(data))
     data[0] = 7
     assert frame[0] == 7, "the frame is the buffer itself"
     copy = loads([frames[0], bytes(frame)])
     memoryview(copy)[0] = 8
-    assert copy == bytes([8]) + bytes(999)
+    assert copy == bytes([8]) + bytes(99_999)
 
 
 class Unprintable(Exception):
