@@ -3150,6 +3150,7 @@ class Body:
     async def listen(self, host, port):
         """Serve whoever connects; ``address`` says where.  Raises OSError if the port is taken."""
         secret()  # Without one nobody could be served: say so now.
+        host = host or "0.0.0.0"  # (To listen by both protocols would take two ports.)
         self.server = await asyncio.start_server(self.accept, host, port, limit=4 * CHUNK)
         port = self.server.sockets[0].getsockname()[1]
         self.address = f"tcp://{reachable(host)}:{port}"
@@ -3259,14 +3260,16 @@ def reachable(host):
 
     A machine has several; the right one is where its packets for other machines leave from.
     """
-    if host not in ("0.0.0.0", ""):
+    elsewhere = {"0.0.0.0": "192.0.2.1", "::": "2001:db8::1"}  # where no machine is
+    if host not in elsewhere:
         return host
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    four = host == "0.0.0.0"
+    with socket.socket(socket.AF_INET if four else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # Sends nothing; only asks for the route out.
+            probe.connect((elsewhere[host], 9))  # Sends nothing; only asks for the route out.
             return probe.getsockname()[0]
         except OSError:
-            return "127.0.0.1"
+            return "127.0.0.1" if four else "::1"
 
 
 async def reach_scheduler(address, body, timeout):
@@ -3384,7 +3387,7 @@ class Scheduler(Body):
         """
         batch = await connection.receive()
         peer = batch[0].pop("id", None) if batch else None  # Only who registers has one.
-        if peer is None or peer in self.links:
+        if peer in (None, SCHEDULER) or peer in self.links:
             raise ProtocolError(f"a {connection.peer} that does not register, or is here already")
         how = ["connection lost"] if connection.peer == "worker" else []
         name = batch[0].get("name")  # (A client has none.)

@@ -438,10 +438,13 @@ def test_the_next_port_is_taken_with_a_warning_when_the_default_one_is_in_use():
         assert "8786" in p.stderr.readline()
 
 
-def test_a_scheduler_for_all_hosts_prints_an_address_that_others_can_reach():
-    with process(SCRIPT, "scheduler", "--port", 0, "--host", "0.0.0.0") as p:
+@pytest.mark.parametrize("host", ["0.0.0.0", "", "::"])
+def test_a_scheduler_for_all_hosts_prints_an_address_that_others_can_reach(host):
+    if host == "::" and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    with process(SCRIPT, "scheduler", "--port", 0, "--host", host) as p:
         address = address_of(p)
-        assert "0.0.0.0" not in address
+        assert "0.0.0.0" not in address and ":::" not in address
         with process(SCRIPT, "worker", address), Client(address) as c:
             assert c.submit(abs, -1).result(30) == 1
 
