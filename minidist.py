@@ -39,6 +39,7 @@ The life of one ``submit()``.  Each method opens its docstring with its number i
 import argparse
 import ast
 import asyncio
+import atexit
 import collections.abc
 import concurrent.futures
 import contextlib
@@ -4116,6 +4117,7 @@ class Threaded(Shown):
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # What was posted goes out, and no task is cut off.
         try:
             self._run(self._start())
         except BaseException:
@@ -4165,6 +4167,7 @@ class Threaded(Shown):
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join()
             self.loop.close()
+            atexit.unregister(self.close)
 
     async def _close_all(self):
         """Close; and let other threads that wait hear of it before the loop stops."""

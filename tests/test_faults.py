@@ -517,6 +517,23 @@ def test_a_script_needs_no_main_guard_and_its_tasks_can_import_what_is_beside_it
         assert (out, err, p.returncode) == ("begins\n[2, 4] 6\n", "", 0)
 
 
+def test_a_script_that_ends_without_closing_its_client_has_sent_all(scheduler, listener, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import socket, sys, minidist\n"
+        "def call_home(port, *numbers):\n"
+        "    socket.create_connection(('127.0.0.1', port)).sendall(bytes(8))\n"
+        "client = minidist.Client(sys.argv[1])\n"
+        "numbers = client.map(abs, range(5_000))\n"
+        "minidist.fire_and_forget(client.submit(call_home, int(sys.argv[2]), numbers))\n"
+    )
+    command = [script, scheduler.address, port_of(listener)]
+    with workers(scheduler.address, "a"), process(*command, PYTHONPATH=str(ROOT)) as p:
+        assert end_of(p) == (0, "")
+        with caller(listener):
+            pass
+
+
 def test_without_processes_a_local_cluster_runs_tasks_in_threads_of_this_one():
     with Client(processes=False) as c:
         assert c.submit(os.getpid).result(30) == os.getpid()
