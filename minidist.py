@@ -5400,7 +5400,9 @@ async def run_worker(options):
         except asyncio.CancelledError:
             await worker.leave()
             raise
-    if worker.parting and not options.quiet:  # A local cluster knows it is ending.
+    if worker.parting and options.quiet:  # Our local cluster is ending, or dead: as we then do.
+        os.killpg(0, signal.SIGKILL)
+    if worker.parting:
         raise ConnectionError(f"lost the scheduler at {options.address}: {worker.parting}")
 
 
