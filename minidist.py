@@ -4273,7 +4273,11 @@ class Client(Threaded, Body):
         if self._scheduler is not None:
             await self._catch_up()
             self._end(RuntimeError, CLOSED)
-            await self._scheduler.written()  # Who listens hangs up when it is stopped.
+            await self._scheduler.written()
+            # The scheduler hangs up when it has read that: if we did while something of it is under
+            # way to us, TCP would reset the connection, and the end of what we said might be lost.
+            self._scheduler.writer.write_eof()
+            await asyncio.wait([self._scheduler.following], timeout=1)
             await self.stop()
             await self._scheduler.close()
         if self.cluster:
@@ -4293,8 +4297,9 @@ class Client(Threaded, Body):
     async def _listen(self, batch):
         """The scheduler's stream, until it ends."""
         await self.follow(SCHEDULER, self._scheduler, batch)
-        text = f"the scheduler at {self._address} is gone: connect to a new one"
-        self._end(ConnectionError, text)
+        if not self._refusal:  # Else we are closing.
+            text = f"the scheduler at {self._address} is gone: connect to a new one"
+            self._end(ConnectionError, text)
 
     def _end(self, kind, text):
         """From now on, pending futures are cancelled, and new calls raise ``kind(text)``."""
