@@ -943,7 +943,7 @@ def test_a_local_cluster_on_a_port_that_is_taken_says_so_and_leaves_nothing():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(OSError, match="address already in use"):
             Client(n_workers=1, port=taken.getsockname()[1])
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # (Some of earlier tests may end meanwhile.)
 
 
 def test_a_frame_that_did_not_come_is_refused():
