@@ -1547,7 +1547,8 @@ class SchedulerMind(Mind):
         head; one whose input was stuck at its holder stays, since it could not be moved before.
         """
         # dask: takes back what was sent already, so it has to ask the victim, who may have begun.
-        for victim in islice(self.crowded, LIMITS["holders"]):
+        for victim in list(islice(self.crowded, LIMITS["holders"])):
+            self.crowded.move_to_end(victim)  # Next time others are looked at.
             ts = victim.queue.peek()
             waiting_us = (victim.occupancy - ts.estimate_us) // victim.nthreads
             allowed = self.allowed(ts)

@@ -346,6 +346,22 @@ def test_functions_that_were_measured_long_ago_are_forgotten_when_there_are_too_
     assert "f0" not in s.durations and "f1" in s.durations
 
 
+def test_what_must_not_be_stolen_does_not_hide_what_may_be():
+    others = [f"w{n}" for n in range(LIMITS["holders"] + 1)]
+    s = Scheduler(*others, "v", "idle").measured("long", duration_us=10**9)
+    s.submit("busy", workers=["name of idle"], name="long")
+    for worker in others:
+        for n in range(2):
+            s.submit(f"{worker}-{n}", workers=[f"name of {worker}"])
+    for n in range(9):
+        s.submit(f"x{n}", workers=["name of v", "name of idle"])
+    s.finish("busy")
+    for _ in range(2):  # Each end lets the idle worker look at some of the others.
+        ((running, _),) = s.workers["v"].processing.values()
+        s.finish(running.key)
+    assert s.workers["idle"].processing
+
+
 def test_a_worker_that_joins_steals_what_waits_for_another():
     s = Scheduler("w")
     s.submit("big")
