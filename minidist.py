@@ -4929,17 +4929,17 @@ class as_completed:
         timeout = seconds(timeout)
         self._deadline = math.inf if timeout is None else time.monotonic() + timeout
         self._lock = threading.Lock()  # Threads may share it: one at a time takes what is next.
+        self._news = asyncio.Event()  # set when something is ready, or nothing is left
         self.client = None
         self.clear()
         self.update(futures or ())
 
     def clear(self):
         """Forget all that was added; who waits for it is told that there is nothing."""
-        if self.client:
-            self.client._post(self._news.set)
         self._left = 0  # how many are still to be yielded
         self._ready = deque()  # those of them that are done
-        self._news = asyncio.Event()  # set when something is ready
+        if self.client:  # Only now, and by the same event: who waits must see that none is left.
+            self.client._post(self._news.set)
 
     def add(self, future):
         """Wait for one more; this may be done while iterating, and after it has ended.
@@ -4993,10 +4993,14 @@ class as_completed:
         """Wait until one is done, or none is left.  (What the event told of may be taken since.)"""
         while self._left and not self._ready:
             self._news.clear()
+            news = asyncio.ensure_future(self._news.wait())
             try:
-                await asyncio.wait_for(self._news.wait(), self._deadline - time.monotonic())
-            except TimeoutError:
-                raise TimeoutError(f"{self._left} futures are not done in time") from None
+                # (As in ``_settle``, wait_for would leave a cycle that keeps futures.)
+                done, _ = await asyncio.wait([news], timeout=self._deadline - time.monotonic())
+            finally:
+                news.cancel()
+            if not done:
+                raise TimeoutError(f"{self._left} futures are not done in time")
 
     def _take(self):
         """What is yielded for the next one that is done."""
