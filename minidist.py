@@ -3342,7 +3342,7 @@ class Scheduler(Body):
         super().__init__(SchedulerMind(**made_with))
         if folder := os.environ.get("MINIDIST_RECORD"):  # There every scheduler has a file.
             record = record or os.path.join(folder, f"{unique()}.jsonl")
-        self.recording = open(record, "w") if record else None
+        self.record, self.recording = record, None  # the name of a file; the file while it is open
         self.recorded = [json.dumps(made_with)]  # lines that are still to be written
         self.host, self.port = host, port
         self.watched = {}  # {worker's name: its process, if we started it}
@@ -3350,6 +3350,8 @@ class Scheduler(Body):
 
     async def __aenter__(self):
         await self.listen(self.host, self.port)
+        if self.record:  # Only now: whose port is in use must not empty the other's recording.
+            self.recording = open(self.record, "w")
         self.start(self.tell_time())
         return self
 

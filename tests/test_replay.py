@@ -219,6 +219,20 @@ def test_a_scheduler_in_a_program_records_too(tmp_path, recordings):
     assert {*recordings.iterdir()} == before, "a file of its own goes before MINIDIST_RECORD"
 
 
+def test_a_scheduler_whose_port_is_in_use_leaves_the_recording_of_the_other(tmp_path):
+    async def run():
+        path = tmp_path / "run.jsonl"
+        async with minidist.Scheduler(record=path) as scheduler:
+            port = minidist.split_address(scheduler.address)[1]
+            while not (before := path.read_text()):
+                await asyncio.sleep(0)  # Its first stimulus is written in this turn or the next.
+            with pytest.raises(OSError, match="in use"):
+                await minidist.Scheduler(port=port, record=path).__aenter__()
+            assert path.read_text().startswith(before)
+
+    asyncio.run(run())
+
+
 def test_a_scheduler_that_cannot_record_does_not_start(tmp_path):
     run = [sys.executable, SCRIPT, "scheduler", "--record", str(tmp_path / "no folder" / "file")]
     done = subprocess.run(run, capture_output=True, text=True, timeout=60)
