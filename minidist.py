@@ -233,16 +233,22 @@ def convert(kind, value, frames):
     if type(kind) is tuple:
         return tuple([convert(k, item, frames) for k, item in zip(kind, value, strict=True)])
     if type(kind) is list and type(value) is list:
-        return [convert(kind[0], item, frames) for item in value]
+        (of,) = kind
+        return [item if type(item) is of else convert(of, item, frames) for item in value]
     raise TypeError(f"{value!r:.80} is no {kind}")
 
 
 def parse_line(line):
-    """A line of MESSAGES as (senders, names of the fields, [(field, kind)])."""
+    """A line of MESSAGES as (senders, names of the fields, [(field, kind, plain)]).
+
+    What comes as ``plain``, a type, needs no conversion: that is most of what comes.
+    """
     route, _, fields = line.partition(":")
     names = fields.split()
     senders = route.partition(" > ")[0].split("|")
-    return senders, ("op", *names), [(name, FIELDS[name]) for name in names]
+    kinds = [(name, FIELDS[name]) for name in names]
+    kinds = [(name, kind, str if kind is to_key else kind) for name, kind in kinds]
+    return senders, ("op", *names), kinds
 
 
 OPS = {op: parse_line(line) for op, line in MESSAGES.items()}
@@ -262,8 +268,8 @@ def check_message(message, frames, sender):
         senders, names, kinds = OPS[message["op"]]
         if sender not in senders or tuple(message) != names:
             raise ValueError(f"a {sender} sends {names}, if at all")
-        for field, kind in kinds:
-            if type(message[field]) is not kind:  # (Most fields are of plain kinds.)
+        for field, kind, plain in kinds:
+            if type(message[field]) is not plain:
                 message[field] = convert(kind, message[field], frames)
     except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"not a message: {message!r:.200} ({error})") from error
@@ -2547,16 +2553,19 @@ def pack(messages):
     messages share (the function of a ``map``) is there once.  The frames themselves are not copied
     here: a view of an array's memory is what is written.
     """
-    frames = {}  # {id of a frame: (its place, a view of it)}
+    frames, places = [], {}  # places: {id of a frame: its place}
 
     def place(frame):
         # By identity: to compare, or hash, megabytes would cost more than to send them.
-        return frames.setdefault(id(frame), (len(frames), memoryview(frame)))[0]
+        number = places.setdefault(id(frame), len(frames))
+        if number == len(frames):
+            frames.append(frame)
+        return number
 
     body = json.dumps(messages, default=place, separators=(",", ":"), check_circular=False)
-    views = [view for _, view in frames.values()]
-    header = f"[{body},{json.dumps([view.nbytes for view in views])}]".encode()
-    return [PREFIX.pack(len(header), sum(view.nbytes for view in views)), header, *views]
+    sizes = list(map(len, frames))
+    header = f"[{body},{json.dumps(sizes)}]".encode()
+    return [PREFIX.pack(len(header), sum(sizes)), header, *frames]
 
 
 async def read_batch(reader, sender):
@@ -2834,7 +2843,7 @@ def dumps(obj):
     if data is None or b"__main__" in data:
         buffers.clear()
         data = cloudpickle.dumps(obj, protocol=5, buffer_callback=outside)
-    return (data, *[buffer.raw() for buffer in buffers])
+    return (data, *map(pickle.PickleBuffer.raw, buffers))
 
 
 def loads(frames):
@@ -3416,13 +3425,12 @@ class Scheduler(Body):
         not count: its tasks were placed again.
         """
         known = peer in self.state.workers or peer in self.state.clients
-        if op.startswith("register-"):
-            if known:
-                raise ProtocolError(f"{op} a second time")
-        elif not known:
-            return  # It was refused or declared dead, or said good-bye: it is being hung up on.
-        super().take(peer, op, fields)
-        if op == "shutdown":
+        registers = op.startswith("register-")
+        if known and registers:
+            raise ProtocolError(f"{op} a second time")
+        if known or registers:  # Else it was refused, or declared dead, and is being hung up on.
+            self.stimulate(op, (peer,), fields)
+        if known and op == "shutdown":
             self.ended.set()
 
     def stimulate(self, op, args, fields={}):
@@ -4512,8 +4520,9 @@ class Client(Threaded, Body):
         """One call: everything that may fail does so here, in the user's thread."""
         run_spec, futures = dump_call(function, args, kwargs)
         self._check_own(futures)
-        if not all(future._live for future in futures):
-            raise ValueError("a future among the arguments was released")
+        for future in futures:
+            if not future._live:
+                raise ValueError(f"{future!r}, among the arguments, was released")
         if sum(map(len, run_spec)) > LIMITS["argument_bytes"]:
             text = "a call of more than 10 MB travels through the scheduler"
             warnings.warn(f"{text}: scatter large arguments first", stacklevel=3)
@@ -4521,28 +4530,27 @@ class Client(Threaded, Body):
         if key is None:
             key = pure_key(name, run_spec) if pure else f"{name}-{unique()}"
 
-        def submit():
-            inputs = [future._state for future in futures]
-            return self.state.stimulus_submit(key, name, run_spec, inputs, *options)
+        return self._begin(self._submit_now, key, name, run_spec, futures, *options)
 
-        return self._begin(key, submit)
+    def _submit_now(self, key, name, run_spec, futures, *options):
+        inputs = [future._state for future in futures]
+        return self.state.stimulus_submit(key, name, run_spec, inputs, *options)
 
-    def _begin(self, key, stimulus):
-        """A Future; the inbox brings ``stimulus`` to the loop, which makes its state.
+    def _begin(self, stimulus, key, *fields):
+        """A Future; the inbox brings what makes its state to the loop.
 
         The entry refers to the future, so that it cannot be deleted before its state is there.
         """
         future = Future(key, self)
-
-        def begin():
-            future._state = stimulus()
-            if self._refusal:  # The scheduler was lost after the call.
-                self.state.stimulus_scheduler_left(self._refusal[1])
-
-        self._post(begin)
+        self._post(self._make_state, future, stimulus, fields)
         if threading.current_thread() is self._thread:
             self.flush()
         return future
+
+    def _make_state(self, future, stimulus, fields):
+        future._state = stimulus(future.key, *fields)
+        if self._refusal:  # The scheduler was lost after the call.
+            self.state.stimulus_scheduler_left(self._refusal[1])
 
     def scatter(self, data, workers=None, broadcast=False, direct=None, hash=True, timeout=None):
         """Put data on the workers; return futures of it, when it is there.
@@ -4565,7 +4573,7 @@ class Client(Threaded, Body):
                 name = type(item).__name__
                 key = pure_key(name, frames) if hash else f"{name}-{unique()}"
             fields = (check_key(key), frames, sizeof(item), type_name(item), *options)
-            return self._begin(key, lambda: self.state.stimulus_scatter(*fields))
+            return self._begin(self.state.stimulus_scatter, *fields)
 
         if isinstance(data, (collections.abc.Iterator, Future)):
             raise TypeError(f"{data!r:.80} cannot be scattered: gather it, or make it a list")
