@@ -4615,8 +4615,7 @@ class Client(Threaded, Body):
         """
         if errors not in ("raise", "skip"):
             raise ValueError(f"errors={errors!r} is neither 'raise' nor 'skip'")
-        if isinstance(futures, collections.abc.Iterator):
-            futures = list(futures)
+        futures = listed(futures)
         leaves = list(leaves_of(futures))
         if not all(future._state and future._state.final for future in leaves):
             self._check_open()
@@ -4639,7 +4638,7 @@ class Client(Threaded, Body):
         these futures are cancelled, but a result that has come to this client stays readable.
         Raises ValueError for another client's futures.
         """
-        return self._act(self.state.stimulus_cancel, list(leaves_of(futures)), bool(force))
+        return self._act(self.state.stimulus_cancel, futures_of(futures), bool(force))
 
     def retry(self, futures):
         """Run tasks that failed once more, and those of their inputs that failed.
@@ -4647,7 +4646,7 @@ class Client(Threaded, Body):
         Also what failed because they did.  Futures that have not failed are left alone.  Returns
         None; the futures are pending then.  Raises ValueError for another client's futures.
         """
-        return self._act(self.state.stimulus_retry, list(leaves_of(futures)))
+        return self._act(self.state.stimulus_retry, futures_of(futures))
 
     # Looking inside.
 
@@ -4687,7 +4686,7 @@ class Client(Threaded, Body):
         Like all that looks inside, it asks the scheduler, and raises RuntimeError if this client is
         closed, ConnectionError if the scheduler is lost.
         """
-        keys = None if futures is None else [future.key for future in leaves_of(futures)]
+        keys = None if futures is None else [future.key for future in futures_of(futures)]
         return self._run(self._ask("who_has", keys))
 
     def has_what(self, workers=None):
@@ -4840,6 +4839,12 @@ def thaw(fact):
     return tuple(map(thaw, fact)) if type(fact) is list else fact
 
 
+def listed(obj):
+    """What can be gone through only once, or is a view of a dict, as a list."""
+    views = (collections.abc.Iterator, collections.abc.ValuesView)
+    return list(obj) if isinstance(obj, views) else obj
+
+
 def leaves_of(obj):
     """The futures in nested lists, tuples, sets and dicts; what else there is, is passed over."""
     if isinstance(obj, Future):
@@ -4866,8 +4871,8 @@ def rebuild(obj):
 
 
 def futures_of(obj):
-    """The futures in nested containers, each once."""
-    return list(dict.fromkeys(leaves_of(obj)))
+    """The futures in nested containers, each once; the outermost may also be an iterator."""
+    return list(dict.fromkeys(leaves_of(listed(obj))))
 
 
 def first_part(key):

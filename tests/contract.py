@@ -1929,6 +1929,17 @@ async def wait_can_wait_for_the_first(client):
         return done == {quick}, not_done == {slow}
 
 
+@program(
+    "wait",
+    gives=2,
+    dask=Gives(0),
+    differs="futures are also found in an iterator, or the values of a dict; dask passes them over",
+)
+async def wait_goes_over_an_iterator(client):
+    done, _ = await wait(iter(client.map(inc, [1, 2])))
+    return len(done)
+
+
 @program("wait", gives=["finished", "error"])
 async def wait_does_not_raise_what_a_task_raised(client):
     done, _ = await wait([client.submit(inc, 1), client.submit(fail, "bad")])
