@@ -101,7 +101,7 @@ import cloudpickle
 # at one end, or a long life, must not become a process without memory.
 
 LIMITS = {
-    "header_bytes": 64 << 20,  # the JSON of one batch
+    "header_bytes": 1 << 30,  # the JSON of one batch
     "frames": 1 << 18,  # binary frames in one batch
     "frame_bytes": 1 << 36,  # one binary frame
     "batch_messages": 1000,  # messages in one batch: no loop stalls over one
