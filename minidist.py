@@ -1509,8 +1509,9 @@ class SchedulerMind(Mind):
                 ws, _ = self.changed.popitem()
                 while ts := self.next_for(ws):
                     self.process(ts, ws)
-                if ws.queue and (idle := self.least_loaded(FREE, lambda ws: not ws.queue)):
-                    self.changed[idle] = None  # It may steal.
+                if ws.queue and (self.by_load[EMPTY] or self.by_load[FREE]):
+                    some = self.candidates(ws.queue.peek())  # Of these, who is idle may steal.
+                    self.changed |= {ws: None for ws in some if ws.load <= FREE and not ws.queue}
             ts = self.queue.peek()
             ws = self.room_for(ts) if ts else None
             if ws is None:
@@ -1625,19 +1626,25 @@ class SchedulerMind(Mind):
     def decide_worker(self, ts):
         """The worker on which ``ts``, which has inputs or restrictions, would start first.
 
-        Weighed are those that are allowed, or the holders of its inputs and the least loaded
-        worker.  An input that could not be fetched from its only holder draws it there, even
-        against its restrictions: elsewhere it might never run.
+        An input that could not be fetched from its only holder draws it there, even against its
+        restrictions: elsewhere it might never run.
         """
-        candidates = self.allowed(ts)
-        if candidates is None:
-            candidates = {self.least_loaded(FULL): None}
-            for dependency in ts.dependencies:
-                if len(candidates) <= LIMITS["holders"]:
-                    some = islice(dependency.who_has, LIMITS["holders"])
-                    candidates |= {ws: None for ws in some if ws.load != LEAVING}
         stuck = [ws for d in ts.dependencies if d.stuck for ws in d.who_has]
-        return min(stuck or candidates, key=lambda ws: self.start_us(ts, ws))
+        return min(stuck or self.candidates(ts), key=lambda ws: self.start_us(ts, ws))
+
+    def candidates(self, ts):
+        """Where ``ts`` might start first, as an ordered set, while any worker stays.
+
+        The workers that are allowed; if all are, then the least loaded one, and holders of inputs.
+        """
+        some = self.allowed(ts)
+        if some is None:
+            some = {self.least_loaded(FULL): None}
+            for dependency in ts.dependencies:
+                if len(some) <= LIMITS["holders"]:
+                    holders = islice(dependency.who_has, LIMITS["holders"])
+                    some |= {ws: None for ws in holders if ws.load != LEAVING}
+        return some
 
     def start_us(self, ts, ws):
         """When ``ts`` would start on ``ws``, in microseconds from now.

@@ -374,6 +374,20 @@ def test_a_worker_that_joins_steals_what_waits_for_another():
     assert s.computing() == [("v", "y1")]
 
 
+def test_an_idle_holder_of_its_input_steals_what_waits():
+    s = Scheduler("idle", "v", "holder").measured("short", duration_us=0)
+    s.submit("big", workers=["name of v"])
+    _, attempt = s.finish("big", nbytes=100_000_000)
+    s.stimulus_add_keys("holder", [("big", attempt)])
+    s.submit("busy", workers=["name of holder"])
+    s.submit("x", workers=["name of v"], name="short")
+    s.submit("y", "big")  # It waits for x, which takes no time.
+    s.finish("busy")
+    s.submit("urgent", workers=["name of v"], priority=1)
+    s.finish("x")  # Now it would wait for long, but to move its input to any would take longer.
+    assert s.tasks["y"].processing_on is s.workers["holder"]
+
+
 def test_tiny_tasks_stay_where_their_large_input_is():
     s = Scheduler("w").measured("f", duration_us=10)
     s.submit("big")
