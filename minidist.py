@@ -2547,7 +2547,7 @@ KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
     for name, value in (
         ("TCP_KEEPIDLE", LIMITS["stall_seconds"] // 3),
         ("TCP_KEEPINTVL", LIMITS["stall_seconds"] // 3),
-        ("TCP_USER_TIMEOUT", LIMITS["stall_seconds"] * 1000),  # also for what is not acknowledged
+        ("TCP_USER_TIMEOUT", LIMITS["stall_seconds"] * 1000),  # also for what is not taken
     )
     if hasattr(socket, name)  # What macOS has bears other names.
 ]
@@ -2690,14 +2690,17 @@ class Connection:
             self.writing = self.loop.create_task(self.write(buffers))
 
     async def write(self, buffers):
-        """Write a batch as fast as the peer takes it.  Slow is not dead, but stalled is."""
+        """Write a batch as fast as the peer takes it.
+
+        Slow is not dead, but stalled is: the kernel knows the difference (``TCP_USER_TIMEOUT``).
+        """
         try:
             for buffer in map(memoryview, buffers):
                 for start in range(0, len(buffer), CHUNK):
                     if self.writer.is_closing():
                         raise ConnectionResetError  # asyncio itself would break.
                     self.writer.write(buffer[start : start + CHUNK])
-                    await asyncio.wait_for(self.writer.drain(), LIMITS["stall_seconds"])
+                    await self.writer.drain()
         except OSError:
             self.hang_up()
         self.writing = None

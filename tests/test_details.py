@@ -349,6 +349,30 @@ def test_a_data_connection_reaches_only_the_worker_process_that_it_means():
 
 
 def test_a_synchronous_client_serves_many_threads(scheduler):
+def test_who_takes_bytes_slowly_is_not_taken_for_stalled(monkeypatch):
+    monkeypatch.setitem(LIMITS, "stall_seconds", 0.02)
+    taken = []
+
+    async def take(reader, writer):
+        while chunk := await reader.read(1 << 18):
+            taken.append(len(chunk))
+            await asyncio.sleep(0.01)
+
+    async def main():
+        server = await asyncio.start_server(take, "127.0.0.1", 0)
+        connection = minidist.Connection()
+        address = server.sockets[0].getsockname()
+        _, connection.writer = await asyncio.open_connection(*address)
+        connection.send({"op": "data", "value": bytes(16 << 20)})
+        await connection.written()
+        assert not connection.writer.is_closing()
+        await until(lambda: sum(taken) > 16 << 20)
+        await connection.close()
+        server.close()
+
+    asyncio.run(main())
+
+
     def use(n):
         return c.submit(operator.add, c.submit(abs, -n), 1).result(30)
 
