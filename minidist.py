@@ -3300,25 +3300,27 @@ async def reach_scheduler(address, body, timeout):
     processes of a cluster may be started in any order.  A refusal is final: no waiting changes a
     secret.  Raises PermissionError then, and ConnectionError when the time is over.
     """
-    deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+    pause = 0.1  # between two trials, and the least that one may take
+    deadline = math.inf if timeout is None else time.monotonic() + max(timeout, pause)
     for trial in count():
         connection = Connection()
         try:
-            await connection.connect(address, body.role)
-            connection.send(await body.introduce(connection))
-            first, *batch = await connection.receive()
+            async with asyncio.timeout_at(deadline):  # Where packets vanish, nothing is refused.
+                await connection.connect(address, body.role)
+                connection.send(await body.introduce(connection))
+                first, *batch = await connection.receive()
             return connection, first, batch
         except PermissionError as error:
             raise PermissionError(f"{address}: {error}") from None
         except (OSError, EOFError) as error:
             connection.hang_up()
             why = str(error) or "no answer; if it is in this event loop, use asynchronous=True"
-            if time.monotonic() >= deadline:
+            if time.monotonic() + pause >= deadline:
                 text = f"no scheduler at {address} within {timeout} s ({why})"
                 raise ConnectionError(f"{text}: is it running, is this its address?") from error
         if timeout is None and trial == 0:
             logger.warning("No scheduler at %s yet (%s); trying again", address, why)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(pause)
 
 
 # ---- 7. Scheduler: the asyncio-stream server around its mind; recordings, replay ----

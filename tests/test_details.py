@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 
 import pytest
@@ -295,6 +296,15 @@ def test_where_no_scheduler_is_a_client_gives_up_in_time_and_names_the_address()
         address = f"127.0.0.1:{nobody.getsockname()[1]}"
         with pytest.raises(OSError, match=address):
             Client(address, timeout=0.2)
+
+
+def test_where_nobody_answers_a_client_gives_up_in_its_own_time():
+    """As where a firewall drops what is sent: no refusal ends the wait."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        with pytest.raises(ConnectionError, match="no answer"):
+            Client(f"127.0.0.1:{silent.getsockname()[1]}", timeout=0.2)
+        assert time.monotonic() - start < LIMITS["handshake_seconds"] / 2
 
 
 def test_who_is_silent_in_the_handshake_is_dropped(monkeypatch):

@@ -116,8 +116,7 @@ def a_synchronous_client_waits_in_the_loop_of_its_scheduler():
         async with Scheduler() as s:
             return raised(Client, s.address, timeout=0.1)
 
-    with unittest.mock.patch.dict(minidist.LIMITS, handshake_seconds=0.1):
-        return asyncio.run(main())
+    return asyncio.run(main())
 
 
 @failure
