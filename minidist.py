@@ -3267,7 +3267,8 @@ class Body:
         """
         try:
             await connection.connect(holder.partition("#")[0], self.role, holder)
-        except (OSError, EOFError):
+        except (OSError, EOFError) as error:
+            logger.warning("Cannot reach %s: %s", holder, str(error) or "no answer")
             del self.links[holder]
         else:
             await self.follow(holder, connection)
@@ -4676,7 +4677,7 @@ class Client(Threaded, Body):
         if not answer.done():
             del self._answers[number]
             self._check_open()
-            raise ConnectionError(f"{peer} is gone")
+            raise ConnectionError(f"no connection to {peer}")
         return answer.result()
 
     async def _ask(self, what, keys=None):
@@ -4786,7 +4787,7 @@ class Client(Threaded, Body):
         Returns {address: result}.  Coroutine functions are awaited; a parameter ``dask_worker``
         gets the Worker.  ``on_error`` is "raise", "return" (the exception in the result's place)
         or "ignore" (no result of that worker).  All workers are waited for; then the first
-        exception is raised.  It is ConnectionError for a worker that has gone meanwhile.  Raises
+        exception is raised.  It is ConnectionError for a worker that cannot be reached.  Raises
         TypeError for a future among the arguments, or for what cannot be pickled.
 
         For a look at the workers' processes, or to prepare them: it takes no thread from tasks,

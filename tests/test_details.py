@@ -349,16 +349,6 @@ def test_a_connection_to_a_host_that_is_gone_ends_by_itself():
     asyncio.run(main())
 
 
-def test_a_data_connection_reaches_only_the_worker_process_that_it_means():
-    async def main():
-        async with minidist.Scheduler() as s, Worker(s.address, nthreads=1) as a:
-            with pytest.raises(ConnectionError):
-                await minidist.Connection().connect(a.address, "client", f"{a.address}#another")
-
-    asyncio.run(main())
-
-
-def test_a_synchronous_client_serves_many_threads(scheduler):
 def test_who_takes_bytes_slowly_is_not_taken_for_stalled(monkeypatch):
     monkeypatch.setitem(LIMITS, "stall_seconds", 0.02)
     taken = []
@@ -383,6 +373,16 @@ def test_who_takes_bytes_slowly_is_not_taken_for_stalled(monkeypatch):
     asyncio.run(main())
 
 
+def test_a_data_connection_reaches_only_the_worker_process_that_it_means():
+    async def main():
+        async with minidist.Scheduler() as s, Worker(s.address, nthreads=1) as a:
+            with pytest.raises(ConnectionError):
+                await minidist.Connection().connect(a.address, "client", f"{a.address}#another")
+
+    asyncio.run(main())
+
+
+def test_a_synchronous_client_serves_many_threads(scheduler):
     def use(n):
         return c.submit(operator.add, c.submit(abs, -n), 1).result(30)
 

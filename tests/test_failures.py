@@ -327,6 +327,26 @@ def a_workers_scheduler_is_killed():
         return said_of(p)
 
 
+@contextlib.contextmanager
+def a_client_that_reaches_only_its_scheduler():
+    with local() as c, unittest.mock.patch.object(minidist.Connection, "connect") as connect:
+        connect.side_effect = TimeoutError
+        yield c
+
+
+@failure
+def a_firewall_is_between_a_client_and_a_worker():
+    with log() as texts, a_client_that_reaches_only_its_scheduler() as c:
+        c.run(os.getpid, on_error="return")
+        return texts.get(timeout=10)
+
+
+@failure
+def a_large_result_is_behind_a_firewall():
+    with a_client_that_reaches_only_its_scheduler() as c:
+        return raised(c.submit(bytes, 1_000_000).result)
+
+
 @failure
 def a_future_is_cancelled():
     with local(n_workers=0) as c:
