@@ -4405,17 +4405,23 @@ class Client(Threaded, Body):
         """
         timeout = seconds(timeout)
         self._check_own(futures)
+        there = all(future._state and settled(future._state, value) for future in futures)
+        if there and not self.asynchronous:
+            return finish()  # Without a trip to the loop.
+        return self._then(lambda _: finish(), self._settle, futures, timeout, value, enough)
+
+    def _then(self, finish, wait, *args):
+        """``finish`` of what the coroutine ``wait(*args)`` returns, in the caller's thread.
+
+        What users see raised is raised there: in the loop, a task's SystemExit would be its end.
+        """
         if self.asynchronous:
 
             async def wait_then_finish():
-                await self._settle(futures, timeout, value, enough)
-                return finish()
+                return finish(await wait(*args))
 
             return wait_then_finish()
-        # Without a trip to the loop if nothing is to be waited for.
-        if not all(future._state and settled(future._state, value) for future in futures):
-            self._run(self._settle(futures, timeout, value, enough))
-        return finish()
+        return finish(self._run(wait(*args)))
 
     async def _settle(self, futures, timeout=None, value=False, enough=None):
         """The part of ``_wait_for`` that is in the loop.
@@ -4804,8 +4810,11 @@ class Client(Threaded, Body):
             rows = await self._ask("workers", names_of(workers))
             questions = [self._question(row["id"], "run", run_spec) for row in rows.values()]
             answers = await asyncio.gather(*questions, return_exceptions=True)
+            return list(zip(rows, answers, strict=True))
+
+        def finish(answers):
             results = {}
-            for address, answer in zip(rows, answers, strict=True):
+            for address, answer in answers:
                 if isinstance(answer, list) and answer[0] == "ok":
                     results[address] = loads(answer[1])
                 elif on_error != "ignore":
@@ -4815,7 +4824,7 @@ class Client(Threaded, Body):
                         raise error
             return results
 
-        return self._run(run())
+        return self._then(finish, run)
 
     def _facts(self):
         if self._refusal:

@@ -3,9 +3,12 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
+import gc
 import operator
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +19,7 @@ import pytest
 
 import minidist
 from minidist import Client, Worker, wait
-from test_minidist import GATES, RUNS, environment, on_cluster, slow_pow, through, until  # noqa: F401
+from test_minidist import GATES, RUNS, environment, on_cluster, scheduler, slow_pow, through, until  # noqa
 
 
 @on_cluster
@@ -241,3 +244,13 @@ def test_the_standard_input_of_a_task_is_empty():
 
     with Client(n_workers=1) as client:
         assert client.submit(read).result(timeout=20) == ("", b"")
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_an_exit_in_run_reaches_the_caller_and_the_client_lives_on(synchronous, kind):
+    def leave():
+        raise kind(3)
+
+    with pytest.raises(kind, match="3"):
+        synchronous.run(leave)
+    assert synchronous.submit(pow, 2, 3).result(timeout=10) == 8

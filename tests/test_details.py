@@ -1,5 +1,6 @@
 """Details of chapters 5 to 12, for which the textbook has no room."""
 
+import ast
 import asyncio
 import concurrent.futures
 import contextlib
