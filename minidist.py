@@ -2719,7 +2719,8 @@ class Connection:
         """Wait until what waits is written, or cannot be any more."""
         while (self.outbox or self.writing) and not self.writer.is_closing():
             # If it is not being written, the flush is due in this turn of the loop or the next.
-            await (self.writing or asyncio.sleep(0))
+            # (To await the task itself would cancel it, half written, with whoever awaits it.)
+            await (asyncio.wait([self.writing]) if self.writing else asyncio.sleep(0))
 
     async def close(self):
         """Write what waits, then close."""
@@ -3216,7 +3217,7 @@ class Body:
         except Exception:
             logger.exception("Dropped %s: what it sent cannot be", peer)
         finally:
-            del self.links[peer]
+            self.links.pop(peer, None)  # (A client that closes has done so.)
             connection.writer.close()
 
     def take(self, peer, op, fields):
@@ -4138,8 +4139,9 @@ class Threaded(Shown):
         self.asynchronous, self._started, self._pid = asynchronous, False, os.getpid()
         if asynchronous:
             return
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.loop, self._over = asyncio.new_event_loop(), False
+        self._gate = threading.RLock()  # Nothing is handed to the loop after it was told to stop.
+        self._thread = threading.Thread(target=self._run_loop, daemon=True)
         self._thread.start()
         atexit.register(self.close)  # What was posted goes out, and no task is cut off.
         try:
@@ -4186,18 +4188,27 @@ class Threaded(Shown):
         """
         if self.asynchronous:
             return asyncio.wait_for(self._close(), seconds(timeout))
-        if not self.loop.is_closed() and self._pid == os.getpid():
-            self._run(self._close_all(), seconds(timeout))
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            self._thread.join()
-            self.loop.close()
-            atexit.unregister(self.close)
+        if self._over or self._pid != os.getpid():
+            return
+        try:
+            self._run(self._close(), seconds(timeout))
+        except RuntimeError:
+            if not self._over:  # Else another thread was first.
+                raise
+        with self._gate:
+            if not self._over:
+                self.loop.call_soon_threadsafe(self.loop.stop)
+            self._over = True
+        self._thread.join()
+        atexit.unregister(self.close)
 
-    async def _close_all(self):
-        """Close; and let other threads that wait hear of it before the loop stops."""
-        await self._close()
-        if others := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(others, timeout=1)
+    def _run_loop(self):
+        """The loop's thread: until it is told to stop, and all threads that wait have heard."""
+        self.loop.run_forever()
+        turn = self.loop.create_task(asyncio.sleep(0))  # Who is done may not have been told yet.
+        waiting = asyncio.wait({turn, *asyncio.all_tasks(self.loop)}, timeout=1)
+        self.loop.run_until_complete(waiting)
+        self.loop.close()
 
     def _run(self, coroutine, timeout=None):
         """Run in the loop: an awaitable, or (synchronous) wait for it here.
@@ -4206,13 +4217,16 @@ class Threaded(Shown):
         """
         if self.asynchronous:
             return coroutine
-        why = CLOSED if self.loop.is_closed() else INHERITED if self._pid != os.getpid() else ""
+        why, future = INHERITED if self._pid != os.getpid() else "", None
         if threading.current_thread() is self._thread:
             why = "a synchronous client's own loop cannot wait for it: deadlock"
-        if why:
+        if not why:
+            with self._gate:
+                if not self._over:
+                    future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        if future is None:
             coroutine.close()
-            raise RuntimeError(why)
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+            raise RuntimeError(why or CLOSED)
         try:
             return future.result(timeout)
         except BaseException:
@@ -4297,6 +4311,7 @@ class Client(Threaded, Body):
         if self._scheduler is not None:
             await self._catch_up()
             self._end(RuntimeError, CLOSED)
+            self.links.pop(SCHEDULER, None)  # It is told nothing more.
             await self._scheduler.written()
             # The scheduler hangs up when it has read that: if we did while something of it is under
             # way to us, TCP would reset the connection, and the end of what we said might be lost.

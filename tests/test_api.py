@@ -254,3 +254,49 @@ def test_an_exit_in_run_reaches_the_caller_and_the_client_lives_on(synchronous, 
     with pytest.raises(kind, match="3"):
         synchronous.run(leave)
     assert synchronous.submit(pow, 2, 3).result(timeout=10) == 8
+
+
+def in_threads(function, number):
+    """Start ``function`` in threads; return how many have not ended after a while."""
+    threads = [threading.Thread(target=function, daemon=True) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    return sum(thread.is_alive() for thread in threads)
+
+
+def test_several_threads_may_close_a_client_at_once(synchronous):
+    for _ in range(30):
+        outcome = []
+        client = Client(synchronous._address)
+        assert in_threads(lambda client=client: outcome.append(client.close()), 3) == 0  # noqa: B023
+        assert outcome == [None] * 3
+
+
+def test_who_calls_while_a_client_ends_is_told_that_it_is_closed(synchronous, caplog):
+    def call(client):
+        with pytest.raises((RuntimeError, concurrent.futures.CancelledError), match="is closed"):
+            while True:
+                client.submit(abs, -1, pure=False).result()
+        told.append(True)
+
+    for _ in range(5):
+        told, client = [], Client(synchronous._address)
+        closer = threading.Timer(0.02, client.close)
+        closer.start()
+        assert in_threads(functools.partial(call, client), 6) == 0 and told == [True] * 6
+        closer.join(5)
+    assert not caplog.records  # It also tells its scheduler nothing more.
+
+
+@pytest.mark.filterwarnings("ignore:a call of more than 10 MB")
+def test_a_close_that_took_too_long_can_be_tried_again(scheduler):
+    client = Client(scheduler.address)
+    os.kill(scheduler.pid, signal.SIGSTOP)
+    client.submit(len, bytes(20_000_000))
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            client.close(timeout=0.2)
+    os.kill(scheduler.pid, signal.SIGCONT)
+    client.close(timeout=10)
