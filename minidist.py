@@ -4020,10 +4020,11 @@ class Future(Shown):
             except Exception:
                 logger.exception("A callback of %r failed", self)
 
-        def watch():
-            self.client._watch(self._state, lambda state: CALLBACKS.submit(call))
+        def submit(state):
+            with contextlib.suppress(RuntimeError):  # The interpreter is ending.
+                callbacks(os.getpid()).submit(call)
 
-        self.client._post(watch)
+        self.client._post(lambda: self.client._watch(self._state, submit))
 
     def release(self):
         """Let the result go, as if this object were deleted.  Twice is harmless.
@@ -4076,7 +4077,10 @@ class Future(Shown):
         return [status, *kind, f"key: {self.key}"]
 
 
-CALLBACKS = concurrent.futures.ThreadPoolExecutor(1, "minidist-callbacks")
+@functools.cache
+def callbacks(pid):
+    """The thread for callbacks: a process that was forked has none of its parent's threads."""
+    return concurrent.futures.ThreadPoolExecutor(1, "minidist-callbacks")
 
 
 def settled(state, value=False):

@@ -290,6 +290,33 @@ def test_who_calls_while_a_client_ends_is_told_that_it_is_closed(synchronous, ca
     assert not caplog.records  # It also tells its scheduler nothing more.
 
 
+def test_a_forked_process_has_a_thread_for_its_own_callbacks(synchronous):
+    called = threading.Event()
+    future = synchronous.submit(abs, -1)
+    future.add_done_callback(lambda future: called.set())
+    assert called.wait(10)
+    if not (child := os.fork()):
+        with contextlib.suppress(BaseException):
+            called.clear()
+            with Client(synchronous._address) as client:
+                future = client.submit(abs, -2)
+                future.add_done_callback(lambda future: called.set())
+                called.wait(10)
+        os._exit(0 if called.is_set() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_program_ends_in_peace_though_a_callback_never_came():
+    program = """
+import minidist, time
+future = minidist.Client(processes=False).submit(time.sleep, 60)
+future.add_done_callback(print)
+"""
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
 @pytest.mark.filterwarnings("ignore:a call of more than 10 MB")
 def test_a_close_that_took_too_long_can_be_tried_again(scheduler):
     client = Client(scheduler.address)
