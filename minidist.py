@@ -2636,17 +2636,19 @@ class Connection:
 
         Raises OSError or EOFError if nobody is there, PermissionError if we are refused.
         """
-        opening = asyncio.open_connection(*split_address(address), limit=4 * CHUNK)
-        await self.open(*await asyncio.wait_for(opening, LIMITS["handshake_seconds"]), role, worker)
+        async with asyncio.timeout(LIMITS["handshake_seconds"]):
+            streams = await asyncio.open_connection(*split_address(address), limit=4 * CHUNK)
+        await self.open(*streams, role, worker)
 
     async def open(self, reader, writer, role, worker="", accepting=False):
         """Shake hands, and then send what waits.  Raises what ``shake_hands`` does.
 
         Within a time limit: else whoever connects and says nothing would cost us a task for ever.
+        (Not by wait_for, here and below: if that is cancelled just when it is done, it goes on.)
         """
         try:
-            handshake = shake_hands(reader, writer, role, worker, accepting)
-            self.peer = await asyncio.wait_for(handshake, LIMITS["handshake_seconds"])
+            async with asyncio.timeout(LIMITS["handshake_seconds"]):
+                self.peer = await shake_hands(reader, writer, role, worker, accepting)
         except BaseException:
             writer.close()
             raise
@@ -2727,7 +2729,8 @@ class Connection:
         await self.written()
         self.writer.close()
         try:
-            await asyncio.wait_for(self.writer.wait_closed(), 1)
+            async with asyncio.timeout(1):
+                await self.writer.wait_closed()
         except OSError:  # It takes too long; or the peer was first, and there is nothing to abort.
             self.writer.transport.abort()
 
@@ -3146,8 +3149,16 @@ class Body:
         self.lock = contextlib.nullcontext()  # around the mind
         self.validating = bool(os.environ.get("MINIDIST_VALIDATE"))
 
+    async def __aenter__(self):
+        try:
+            await self.open()
+        except BaseException:
+            await self.close()  # What was started already ends, also when this is cancelled.
+            raise
+        return self
+
     async def __aexit__(self, *_):
-        await self.close()
+        await asyncio.shield(self.close())  # Cancelled or not, it ends.
 
     def start(self, coroutine):
         """A task of this body's.  (Somebody has to keep it: the loop refers to tasks weakly.)"""
@@ -3173,7 +3184,9 @@ class Body:
         """Serve whoever connects; ``address`` says where.  Raises OSError if the port is taken."""
         secret()  # Without one nobody could be served: say so now.
         host = host or "0.0.0.0"  # (To listen by both protocols would take two ports.)
-        self.server = await asyncio.start_server(self.accept, host, port, limit=4 * CHUNK)
+        options = {"limit": 4 * CHUNK, "start_serving": False}
+        self.server = await asyncio.start_server(self.accept, host, port, **options)
+        await self.server.start_serving()  # Only now: to be cancelled in there would lose it.
         port = self.server.sockets[0].getsockname()[1]
         self.address = f"tcp://{reachable(host)}:{port}"
 
@@ -3314,6 +3327,9 @@ async def reach_scheduler(address, body, timeout):
             return connection, first, batch
         except PermissionError as error:
             raise PermissionError(f"{address}: {error}") from None
+        except asyncio.CancelledError:
+            connection.hang_up()
+            raise
         except (OSError, EOFError) as error:
             connection.hang_up()
             why = str(error) or "no answer; if it is in this event loop, use asynchronous=True"
@@ -3371,12 +3387,11 @@ class Scheduler(Body):
         self.watched = {}  # {worker's name: its process, if we started it}
         self.ended = asyncio.Event()
 
-    async def __aenter__(self):
+    async def open(self):
         await self.listen(self.host, self.port)
         if self.record:  # Only now: whose port is in use must not empty the other's recording.
             self.recording = open(self.record, "w")
         self.start(self.tell_time())
-        return self
 
     async def close(self):
         """Hang up on everybody.  Workers end, and clients' pending futures are cancelled.
@@ -3588,6 +3603,7 @@ class Worker(Body):
         self.nthreads, self.name = nthreads or os.cpu_count() or 1, name
         self.lock = threading.Condition()  # Threads take attempts; they wait for a ready one.
         self.store = {}  # {(key, attempt): value or Packed}
+        self.scheduler = None  # the Connection
         self.ticking = self.closed = False
         self.parting = "it is gone"  # why the scheduler's stream has ended; "" after a good-bye
 
@@ -3600,20 +3616,18 @@ class Worker(Body):
         about = {"name": self.name, "nthreads": self.nthreads, "values": [], "attempts": []}
         return {"op": "register-worker", "id": self.id, **about}
 
-    async def __aenter__(self):
+    async def open(self):
         """Connect, listen, register, start the threads."""
         self.loop = asyncio.get_running_loop()
         reached = await reach_scheduler(self.scheduler_address, self, self.timeout)
         self.scheduler, first, batch = reached
         if first["op"] == "refused":
-            await self.close()
             raise ValueError(f"{self.scheduler_address}: {first['text']}")
         self.start(self.give_signs_of_life(first["ttl_us"] / 4_000_000))
         for number in range(self.nthreads):
             name = f"minidist-{self.name}-{number}"
             threading.Thread(target=self.run_thread, name=name, daemon=True).start()
         self.finished = self.start(self.follow(SCHEDULER, self.scheduler, batch))
-        return self
 
     async def give_signs_of_life(self, interval_seconds):
         """A connection may stay open though its process is frozen or its host gone.
@@ -3643,13 +3657,14 @@ class Worker(Body):
         To the scheduler this is a lost worker: results that are still needed are computed again.
         A thread cannot be stopped: one that runs a task ends when that does.
         """
-        if self.server:  # Else it has not been started.
-            self.server.close()
-            await self.stop()
-            await self.scheduler.close()
         with self.lock:
             self.closed = True
             self.lock.notify_all()
+        if self.server:  # Else it has not been started.
+            self.server.close()
+        await self.stop()
+        if self.scheduler:
+            await self.scheduler.close()
 
     @property
     def data(self):
@@ -4167,7 +4182,7 @@ class Threaded(Shown):
         return self
 
     async def __aexit__(self, *_):
-        await self._close()
+        await asyncio.shield(self._close())  # Cancelled or not, it ends.
 
     def __await__(self):
         return self.__aenter__().__await__()
@@ -5227,8 +5242,8 @@ class LocalCluster(Threaded):
             if self.processes:
                 self.scheduler.start(self._keep(name))
             else:
-                worker = Worker(self.address, self.threads_per_worker, name)
-                self.workers.append(await worker.__aenter__())
+                self.workers.append(Worker(self.address, self.threads_per_worker, name))
+                await self.workers[-1].__aenter__()
         deadline = time.monotonic() + LIMITS["start_seconds"]
         while (there := len(self.scheduler.state.workers)) < self.n_workers:
             if time.monotonic() > deadline:

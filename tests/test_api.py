@@ -327,3 +327,67 @@ def test_a_close_that_took_too_long_can_be_tried_again(scheduler):
             client.close(timeout=0.2)
     os.kill(scheduler.pid, signal.SIGCONT)
     client.close(timeout=10)
+
+
+def open_descriptors():
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="counts what Linux lists there")
+@pytest.mark.parametrize("kind", ["scheduler", "worker", "client", "cluster"])
+def test_whatever_is_cancelled_in_any_turn_of_the_loop_leaves_nothing(kind):
+    async def live(address):
+        options = {"processes": False, "asynchronous": True}
+        make = {
+            "scheduler": lambda: minidist.Scheduler(),
+            "worker": lambda: Worker(address, 1),
+            "client": lambda: Client(address, asynchronous=True),
+            "cluster": lambda: minidist.LocalCluster(1, 1, **options),
+        }
+        async with make[kind]():
+            pass
+
+    async def nothing_is_left(before):
+        for _ in range(100):
+            now = open_descriptors(), threading.active_count(), len(asyncio.all_tasks())
+            if all(n <= b for n, b in zip(now, before, strict=True)):
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"after {turns} turns: {before} have become {now}")
+
+    async def main():
+        nonlocal turns
+        async with minidist.Scheduler() as scheduler:
+            await live(scheduler.address)
+            done = False
+            while not done:
+                before = open_descriptors(), threading.active_count(), len(asyncio.all_tasks())
+                task = asyncio.ensure_future(live(scheduler.address))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                done = task.done()
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait_for(task, 5)
+                await nothing_is_left(before)
+                turns += 1
+
+    turns = 0
+    asyncio.run(main())
+
+
+def test_a_scheduler_closes_in_any_turn_of_a_handshake():
+    async def main():
+        for turns in range(30):
+            scheduler = await minidist.Scheduler().__aenter__()
+            client = Client(scheduler.address, asynchronous=True, timeout=0)
+            opening = asyncio.ensure_future(client.__aenter__())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await asyncio.wait_for(scheduler.close(), 5)
+            with contextlib.suppress(OSError):
+                await opening
+                await client.close()
+
+    asyncio.run(main())

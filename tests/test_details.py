@@ -1040,3 +1040,13 @@ def test_a_closed_client_says_that_it_is_closed_whatever_is_asked():
     for ask in (c.who_has, c.nthreads, c.shutdown, lambda: c.run(os.getpid)):
         with pytest.raises(RuntimeError, match="this client is closed"):
             ask()
+
+
+def test_a_recording_that_cannot_be_made_leaves_no_port_in_use(tmp_path):
+    async def main():
+        scheduler = minidist.Scheduler(record=str(tmp_path / "nowhere" / "file"))
+        with pytest.raises(FileNotFoundError):
+            await scheduler.__aenter__()
+        assert not scheduler.server.is_serving()
+
+    asyncio.run(main())
