@@ -3024,17 +3024,25 @@ def pack_exception(error, skip=0):
         ]
         try:
             (data,) = dumps(error)
-            pickle.loads(data)  # Many exceptions can be pickled, but not unpickled.
+            # Many exceptions can be pickled, but not unpickled.
+            data = data if isinstance(pickle.loads(data), BaseException) else b""
         except BaseException:  # Whatever it does when it is pickled, it is the task's failure.
             data = b""
-        # (Which minds that even ``str`` may raise.)
-        text = "".join(traceback.format_exception_only(error)).strip()
+        text = text_of(error)
         relation = "__context__" if error.__cause__ is None else "__cause__"
         links.append((data, text, places[skip:], relation))
         skip = 0
         hidden = error.__suppress_context__ and error.__cause__ is None  # by "from None"
         error = None if hidden else getattr(error, relation)
     return (pickle.dumps(links, protocol=5),)
+
+
+def text_of(error):
+    """An exception's type and text.  It may raise whatever it likes when it is looked at."""
+    try:
+        return "".join(traceback.format_exception_only(error)).strip()
+    except Exception:
+        return type_name(error)
 
 
 def unpack_exception(frames):
@@ -3098,7 +3106,7 @@ def sizeof(obj, depth=3):
     """
     try:
         nbytes = getattr(obj, "nbytes", None)
-        if type(nbytes) is int:
+        if type(nbytes) is int and 0 <= nbytes < 1 << 63:
             return nbytes
         size = sys.getsizeof(obj, 64)
         if depth and isinstance(obj, (list, tuple, set, frozenset, dict)) and obj:
@@ -3749,7 +3757,7 @@ class Worker(Body):
             start = time.perf_counter_ns()
             result = self.call(func, args, kwargs)
             duration_us = (time.perf_counter_ns() - start) // 1000
-            nbytes, value = sizeof(result), ()
+            nbytes, kind, value = sizeof(result), type_name(result), ()
         except BaseException as error:  # Also SystemExit: a task does not end its worker.
             exception = pack_exception(error, skip=2)
             with self.lock:
@@ -3762,7 +3770,7 @@ class Worker(Body):
                 value = dumps(result)
                 if sum(map(len, value)) > LIMITS["ride_along_bytes"]:
                     value = ()
-        told = (attempt.number, nbytes, type_name(result), duration_us, value)
+        told = (attempt.number, nbytes, kind, duration_us, value)
         with self.lock:
             self.store[attempt.key, attempt.number] = result
             self.state.stimulus_finished(*told)
@@ -3864,7 +3872,7 @@ def pack_result(key, result):
     try:
         return dict(status="ok", value=dumps(result))
     except BaseException as error:  # Also what no future can hold: StopIteration, SystemExit.
-        text = f"the result of {key!r}, a {type_name(result)}, cannot be pickled: {error}"
+        text = f"the result of {key!r}, a {type_name(result)}, cannot be pickled: {text_of(error)}"
         error = TypeError(f"{text}: return something simpler")
         return dict(status="error", value=pack_exception(error))
 
@@ -4546,8 +4554,8 @@ class Client(Threaded, Body):
         priority, retries = kwargs.pop("priority", 0), kwargs.pop("retries", None) or 0
         loose, workers = kwargs.pop("allow_other_workers", False), kwargs.pop("workers", None)
         for option, value in (("priority", priority), ("retries", retries)):
-            if type(value) is not int:
-                raise TypeError(f"{option}={value!r} is no whole number")
+            if type(value) is not int or value.bit_length() > 63:
+                raise TypeError(f"{option}={value!r} is no whole number of 64 bits")
         if retries < 0:
             raise ValueError(f"retries={retries} is negative")
         if loose and workers is None:
@@ -4632,10 +4640,10 @@ class Client(Threaded, Body):
             raise TypeError(f"{data!r:.80} cannot be scattered: gather it, or make it a list")
         if type(data) is dict:
             futures = {key: scatter_one(item, key) for key, item in data.items()}
-        elif type(data) in (list, tuple, set, frozenset, range) or hasattr(data, "_fields"):
+        elif type(data) in (list, tuple, set, frozenset, range) or is_named(data):
             items = [scatter_one(item) for item in data]
             shape = list if type(data) is range else type(data)
-            futures = shape(*items) if hasattr(data, "_fields") else shape(items)
+            futures = shape(*items) if is_named(data) else shape(items)
         else:
             futures = scatter_one(data)
 
@@ -4922,8 +4930,13 @@ def rebuild(obj):
     if isinstance(obj, (list, tuple, set, frozenset)):
         gone = Future if isinstance(obj, list) else ()
         items = [rebuild(i) for i in obj if not (isinstance(i, gone) and failed(i._state))]
-        return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
+        return type(obj)(*items) if is_named(obj) else type(obj)(items)
     return obj
+
+
+def is_named(obj):
+    """Whether it is a namedtuple.  (A syntax tree has ``_fields``, too.)"""
+    return isinstance(obj, tuple) and hasattr(obj, "_fields")
 
 
 def futures_of(obj):

@@ -1042,6 +1042,72 @@ def test_a_closed_client_says_that_it_is_closed_whatever_is_asked():
             ask()
 
 
+def make_nameless():
+    class Kind(type):
+        @property
+        def __name__(self):
+            raise RuntimeError("no name")
+
+    return Kind("A", (), {})()
+
+
+def raise_what_cannot_be_shown():
+    raise SyntaxError("odd", ("file", 1, "no column", "text"))
+
+
+def raise_what_becomes_a_string():
+    class Error(Exception):
+        def __reduce__(self):
+            return str, ("x",)
+
+    raise Error("odd")
+
+
+@on_cluster
+async def test_whatever_a_task_returns_or_raises_its_thread_goes_on(c, a, b):
+    for function in (make_nameless, raise_what_cannot_be_shown, raise_what_becomes_a_string):
+        for _ in range(6):  # More than there are threads.
+            error = await asyncio.wait_for(c.submit(function, pure=False).exception(), 10)
+            assert isinstance(error, (RuntimeError, SyntaxError, RemoteError))
+            assert "no name" in str(error) or "odd" in str(error)
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+class Unspeaking:
+    nbytes = 1_000_000
+
+    def __reduce__(self):
+        raise Unspeakable
+
+
+@on_cluster
+async def test_a_result_whose_error_has_no_text_fails_as_any_that_cannot_be_pickled(c, a, b):
+    with pytest.raises(TypeError, match="Unspeaking, cannot be pickled: .*Unspeakable"):
+        await c.submit(Unspeaking)
+
+
+@on_cluster
+async def test_only_a_namedtuple_is_scattered_by_its_fields(c, a, b):
+    tree = await c.scatter(ast.parse("x = 1"))
+    assert ast.unparse(await tree) == "x = 1"
+
+
+@on_cluster
+async def test_a_size_that_makes_no_sense_is_not_believed(c, a, b):
+    for nbytes in (-1, 10**5000):
+        sized = type("Sized", (), {"nbytes": nbytes})()
+        future = await c.scatter(sized, hash=False)
+        assert 0 < (await c.nbytes(summary=False))[future.key] < 1000
+    with pytest.raises((TypeError, ValueError)):
+        c.submit(abs, 1, priority=10**5000)
+    with pytest.raises(TypeError, match="whole number of 64 bits"):
+        c.submit(abs, 1, retries=1 << 64)
+
+
 def test_a_recording_that_cannot_be_made_leaves_no_port_in_use(tmp_path):
     async def main():
         scheduler = minidist.Scheduler(record=str(tmp_path / "nowhere" / "file"))
