@@ -2801,6 +2801,8 @@ def secret():
         return os.fsencode(token)
     path = os.path.expanduser("~/.minidist/token")
     try:
+        if path.startswith("~"):
+            raise OSError("this user has no home directory")
         if not os.path.exists(path):
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             draft = f"{path}.{unique()}"
@@ -5250,10 +5252,10 @@ class LocalCluster(Threaded):
     async def _start(self):
         await self.scheduler.__aenter__()
         self.scheduler.start(self._end())
-        self.address = self.scheduler.address
+        self.address, keepers = self.scheduler.address, []
         for name in map(str, range(self.n_workers)):
             if self.processes:
-                self.scheduler.start(self._keep(name))
+                keepers.append(self.scheduler.start(self._keep(name)))
             else:
                 self.workers.append(Worker(self.address, self.threads_per_worker, name))
                 await self.workers[-1].__aenter__()
@@ -5263,6 +5265,9 @@ class LocalCluster(Threaded):
                 text = f"{there} of {self.n_workers} worker processes have started"
                 raise TimeoutError(f"{text}; why, the others have said on standard error")
             await asyncio.sleep(0.01)
+            for keeper in keepers:
+                if keeper.done():
+                    keeper.result()  # It raises why no process can be started.
 
     async def _end(self):
         """A client may shut the cluster down: then it closes as if the user had closed it."""
@@ -5300,8 +5305,9 @@ async def worker_process(*arguments, ended_by):
     It also ends when its standard input does: so with this process, however that ends.
     """
     command = [sys.executable, __file__, "worker", *map(str, arguments), "--until-stdin-ends"]
-    # What the user's script can import, the functions that it submits can too.
-    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    # What the user's script can import, the functions that it submits can too.  (The import system
+    # passes over what is no text there, as a Path; "" is added by the command.)
+    path = os.pathsep.join(folder for folder in sys.path if folder and isinstance(folder, str))
     # In a session of its own: Ctrl-C in the terminal is for us, and may only interrupt a wait.
     options = {"env": {**os.environ, "PYTHONPATH": path}, "start_new_session": True}
     process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, **options)
@@ -5386,8 +5392,7 @@ def main(argv=None):
     options = parse(argv)
     level = options.log_level.upper()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # Modules beside the user are importable.
+    sys.path.insert(0, "")  # Modules beside the user are importable.
     # Few of our objects are in cycles, and there are many of them: looking for cycles less often
     # saves a quarter of a busy scheduler's time.
     gc.set_threshold(100_000, 50, 50)

@@ -1108,6 +1108,36 @@ async def test_a_size_that_makes_no_sense_is_not_believed(c, a, b):
         c.submit(abs, 1, retries=1 << 64)
 
 
+def test_a_local_cluster_says_at_once_why_no_process_can_be_started(monkeypatch):
+    monkeypatch.setattr(minidist.sys, "executable", "/nowhere/python")
+    with pytest.raises(FileNotFoundError, match="/nowhere/python"):
+        Client(n_workers=1)
+
+
+def test_a_path_that_python_passes_over_is_passed_over(monkeypatch):
+    monkeypatch.setattr(sys, "path", [ROOT, *sys.path])
+    with Client(n_workers=1) as c:
+        assert c.submit(abs, -1).result() == 1
+
+
+def test_a_current_directory_that_is_gone_is_not_needed(monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    with Client(n_workers=1) as c:
+        assert c.submit(abs, -1).result() == 1
+
+
+def test_who_has_no_home_is_told_so_and_gets_no_folder_with_that_name(monkeypatch, tmp_path):
+    monkeypatch.delenv("MINIDIST_TOKEN")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PermissionError, match="no home directory.*set MINIDIST_TOKEN"):
+        minidist.secret()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_recording_that_cannot_be_made_leaves_no_port_in_use(tmp_path):
     async def main():
         scheduler = minidist.Scheduler(record=str(tmp_path / "nowhere" / "file"))
