@@ -1698,9 +1698,11 @@ class SchedulerMind(Mind):
         In a worker's queue it counts as work that waits there (``occupancy``), so that the next one
         is placed elsewhere when that is enough.  The estimate is kept, since the function may be
         measured meanwhile: what was added has to be subtracted exactly.
+        A suspect waits for one worker to run empty: at the head of the common queue, it would keep
+        all of them from taking anything else.
         """
         ts.queue = self.queue
-        if ts.dependencies or self.allowed(ts) is not None:
+        if ts.dependencies or ts.suspect or self.allowed(ts) is not None:
             ws = self.decide_worker(ts)
             ts.queue, ts.estimate_us = ws.queue, self.estimate(ts)
             ws.occupancy += ts.estimate_us
@@ -1715,8 +1717,6 @@ class SchedulerMind(Mind):
             self.changed[ws] = None  # There may be room for what is next.
             if not ws.queue:
                 del self.crowded[ws]
-        if ts.suspect:
-            self.changed |= self.crowded  # They may have been kept empty for it.
         ts.queue, ts.estimate_us = None, 0
 
     def enter_no_worker(self, ts):
@@ -2192,7 +2192,7 @@ class SchedulerMind(Mind):
             assert here is ts and self.workers[ws.id] is ws, ts
             assert ts.suspect == ws.alone if ts.run_spec else ts.givers and not ts.suspect, ts
         assert all(ws.arriving[attempt] is ts for attempt, ws in dict(ts.copying).items()), ts
-        assert ts.queue is None or ts.queue.worker or not ts.dependencies, ts
+        assert ts.queue is not self.queue or not (ts.dependencies or ts.suspect), ts
         for dependency in ts.dependencies:
             # T4. A task is a waiter of its dependencies exactly while it is unfinished.
             assert (ts in dependency.waiters) == (ts.state in UNFINISHED), ts
@@ -2221,8 +2221,7 @@ class SchedulerMind(Mind):
         # W3. No thread is idle while something waits for it, but for a suspect to run alone.
         # (Room for a further, short one may go unnoticed for a while, when it is another worker
         # that measures how short it is.)
-        heads = [ts for ts in (ws.queue.peek(), self.queue.peek()) if ts]
-        assert not ws.queue or ws.load > FREE or any(ts.suspect for ts in heads), ws
+        assert not ws.queue or ws.load > FREE or ws.queue.peek().suspect, ws
 
 
 def forget_oldest(memories):

@@ -509,6 +509,20 @@ def test_a_suspect_is_not_sent_to_a_worker_that_holds_something_else():
     assert s.states()["later"] == "processing"
 
 
+def test_a_suspect_keeps_one_worker_from_taking_more_and_not_all_of_them():
+    s = Scheduler("u", "v", "w", nthreads=2)
+    for n in range(5):
+        s.submit(f"t{n}")
+    (one,) = [id for id, ws in s.workers.items() if len(ws.processing) == 1]
+    s.stimulus_worker_left(one)
+    s.submit("t5")
+    s.submit("t6")
+    sent(s)
+    for worker in list(s.workers):
+        s.finish(s.facts_processing([worker])[0][1][0])
+    assert [key for _, key in s.computing()] == ["t5"] and s.states()["t6"] == "queued"
+
+
 def test_a_worker_that_leaves_goes_when_what_only_it_has_is_elsewhere():
     s = Scheduler("v", "w")
     s.submit("x", workers=["name of w"])
