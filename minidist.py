@@ -907,6 +907,7 @@ class TaskState:
     # In "memory" only:
     who_has: "dict[WorkerState, None] | tuple[()]" = ()  # transpose: WorkerState.has_what
     copying: "dict[int, WorkerState] | tuple[()]" = ()  # transpose: WorkerState.arriving
+    targets: "list[WorkerState] | tuple[()]" = ()  # which workers will be sent copies after those
     nbytes: int = 0  # (of data it is known before; and so is its type)
     type: str = ""
     value: tuple = ()  # frames that came with the news, until the clients were told
@@ -1008,6 +1009,8 @@ class SchedulerMind(Mind):
         # Every worker stands in the set of its load.  (OrderedDict: its first is found at once,
         # however many were taken out before it; in a dict they would be passed over each time.)
         self.by_load = [OrderedDict() for _ in range(5)]
+        # Those that do not leave, in the order in which they are given values to hold.
+        self.staying = OrderedDict()
         self.crowded = OrderedDict()  # an ordered set of workers with something in their queue
         self.called = {}  # {name, address or host: ordered set of the WorkerStates called so}
         # An ordered set of workers that may have room for something.  What makes room puts them
@@ -1015,7 +1018,7 @@ class SchedulerMind(Mind):
         self.changed = {}
         self.durations = {}  # {function name: microseconds}, a moving average
         self.attempts = first_attempt  # the number of the next attempt
-        self.submitted = self.puts = 0
+        self.submitted = 0
         self.now_us, self.ttl_us = 0, ttl_us
         self.losses = {}  # {key of data: how it was lost}, for who has not heard of that yet
         self.news = []  # who came and went, and why, in words: for the body to log
@@ -1186,7 +1189,7 @@ class SchedulerMind(Mind):
         # Otherwise it was let go meanwhile; or lost or made again, and that notice is under way.
         if ts is not None and ts.state == "memory" and ts.attempt == attempt:
             self.strike(ts, holders)
-            target = self.least_loaded(FULL, lambda ws: ws not in ts.who_has)
+            target = self.next_holder(lambda ws: ws not in ts.who_has)
             if ts.stuck and (target is None or ts.misses > ALLOWED_FAILURES):
                 # Its holder may be dead, without our knowing it yet: then there is more to say.
                 self.complaints[cs, ts] = f"{key!r} could not be fetched from {', '.join(holders)}"
@@ -1254,7 +1257,7 @@ class SchedulerMind(Mind):
         ws.queue = HeapSet(ws)
         self.workers[worker] = ws
         self.news.append(f"Worker {worker} ({name}) joined, threads: {nthreads}")
-        self.by_load[EMPTY][ws] = None
+        self.by_load[EMPTY][ws] = self.staying[ws] = None
         self.changed[ws] = None
         for alias in ws.aliases():
             self.called.setdefault(alias, {})[ws] = None
@@ -1480,7 +1483,7 @@ class SchedulerMind(Mind):
             return "waiting"
         if not (ts.run_spec or ts.givers):
             return "waiting"  # Lost data: those who want it are being told.
-        if self.all_leave() or (ts.restrictions and self.allowed(ts) == {}):
+        if not self.staying or (ts.restrictions and self.allowed(ts) == {}):
             return "no-worker"
         return "queued" if ts.run_spec else "processing"
 
@@ -1609,9 +1612,12 @@ class SchedulerMind(Mind):
                     return ws
         return None
 
-    def all_leave(self):
-        """Whether there is no worker, or only such as are about to go."""
-        return len(self.workers) == len(self.by_load[LEAVING])
+    def next_holder(self, fits=None):
+        """The next worker to be given a value: each in its turn, so that no memory fills alone."""
+        ws = next(filter(fits, self.staying), None)
+        if ws:
+            self.staying.move_to_end(ws)
+        return ws
 
     def allowed(self, ts):
         """The workers that may run ``ts``, as an ordered set; None: any.
@@ -1782,6 +1788,7 @@ class SchedulerMind(Mind):
         for ws in list(ts.who_has):
             self.send_name(ws.id, "free-keys", (ts.key, ts.attempt))
             self.remove_replica(ts, ws)
+        ts.targets = ()
         for attempt in list(ts.copying):
             self.end_arrival(ts, attempt)
         for dependent in ts.waiters:
@@ -1974,10 +1981,11 @@ class SchedulerMind(Mind):
         for alias in ws.aliases():
             if self.called.get(alias, {}).pop(ws, 0) is None and not self.called[alias]:
                 del self.called[alias]  # The last that was called so.
+        self.staying.pop(ws, None)
         for ts in list(ws.queue):
             self.transition(ts, "waiting")
             self.mark(ts)
-        for ts in self.queue if self.all_leave() else ():
+        for ts in () if self.staying else self.queue:
             self.mark(ts)
 
     def ask_giver(self, ts):
@@ -1990,10 +1998,8 @@ class SchedulerMind(Mind):
         any client is left that has the data, the task comes by here again, with another attempt
         and perhaps another worker.  So what comes late of the old one is stale, and freed.
         """
-        some = self.workers.values() if (allowed := self.allowed(ts)) is None else allowed
-        some = [ws for ws in some if ws.load != LEAVING]
-        ts.processing_on = ws = some[self.puts % len(some)]
-        self.puts += 1
+        allowed = self.allowed(ts)
+        ts.processing_on = ws = self.next_holder(allowed and allowed.__contains__)
         ws.arriving[ts.attempt] = ts
         cs = next(iter(ts.givers))
         self.send(cs.id, "put", ts.key, cs.wants_what[ts], ts.attempt, ws.id)
@@ -2014,10 +2020,21 @@ class SchedulerMind(Mind):
         self.send(ws.id, "compute-task", ts.key, attempt, "copy", (), places, ts.priority, False)
 
     def copy_everywhere(self, ts):
-        """A broadcast: to those that are here now.  (Who joins later fetches it when needed.)"""
-        have_it = {*ts.who_has, *dict(ts.copying).values(), *self.by_load[LEAVING]}
-        for ws in self.workers.values():
-            if ws not in have_it:
+        """A broadcast: to those that are here now.  (Who joins later fetches it when needed.)
+
+        Where it is tied to some workers, to those.  Not to all at once: the holders are as many as
+        the copies under way, so who has got it gives it further, and the first one's network does
+        not have to carry them all.
+        """
+        allowed, have_it = self.allowed(ts), {*ts.who_has, *dict(ts.copying).values()}
+        some = self.staying if allowed is None else allowed
+        ts.targets = [ws for ws in some if ws not in have_it]
+        self.copy_further(ts)
+
+    def copy_further(self, ts):
+        while ts.targets and len(ts.copying) < len(ts.who_has):
+            ws = ts.targets.pop()
+            if ws in self.staying and ws not in ts.who_has:
                 self.copy(ts, ws)
 
     def end_arrival(self, ts, attempt):
@@ -2032,6 +2049,7 @@ class SchedulerMind(Mind):
             ts.processing_on = None
             return
         del ts.copying.pop(attempt).arriving[attempt]
+        self.copy_further(ts)
         if not ts.copying:
             for ws in ts.who_has:
                 if ws.leaving:
@@ -2047,12 +2065,11 @@ class SchedulerMind(Mind):
         What others could not fetch from it is given up: a broken link must not keep it for ever.
         """
         for ts in ws.has_what:
-            target = self.least_loaded(FULL)
-            alone = all(holder.load == LEAVING for holder in ts.who_has)
-            if alone and target is not None and not ts.stuck:
+            alone = not any(holder in self.staying for holder in ts.who_has)
+            if alone and self.staying and not ts.stuck:
                 ws.leaving[ts] = None
                 if not ts.copying:
-                    self.copy(ts, target)
+                    self.copy(ts, self.next_holder())
 
     def add_replica(self, ts, ws):
         """``ws`` holds the value, which can be fetched there: so who complained is told."""
@@ -2114,7 +2131,13 @@ class SchedulerMind(Mind):
             ts.error = ((), "ConnectionError", text)
 
     def holders(self, ts):
-        """Where it can be fetched: some of the workers, since a broadcast has thousands."""
+        """Where it can be fetched: some of the workers, since a broadcast has thousands.
+
+        They are asked in this order, so another comes first each time.
+        """
+        if len(ts.who_has) > 1:
+            first = next(iter(ts.who_has))
+            ts.who_has[first] = ts.who_has.pop(first)
         return [ws.id for ws in islice(ts.who_has, LIMITS["holders"])]
 
     def tell(self, cs, ts):
@@ -2160,14 +2183,14 @@ class SchedulerMind(Mind):
         assert all(self.workers[ws.id] is ws for ws in workers)
         assert all(self.clients[cs.id] is cs for cs in self.clients.values())
         called = {(alias, ws) for alias, some in self.called.items() for ws in some}
-        staying = [ws for ws in workers if ws.leaving is None]
-        assert called == {(alias, ws) for ws in staying for alias in ws.aliases()}
+        assert {*self.staying} == {ws for ws in workers if ws.leaving is None}
+        assert called == {(alias, ws) for ws in self.staying for alias in ws.aliases()}
         assert all(ts in cs.wants_what and ts.stuck for cs, ts in self.complaints)
         # S3. No worker is free for what waits in the common queue, unless for what waits in its own
         # and goes first; and only who may not run anywhere has no worker.
         head = self.queue.peek()
         assert head is None or self.room_for(head) is None, head
-        assert all(not staying or self.allowed(ts) == {} for ts in self.unrunnable)
+        assert all(not self.staying or self.allowed(ts) == {} for ts in self.unrunnable)
 
     def validate_task(self, ts):
         # T1. A field owned by a state is set in exactly that state.
@@ -2179,6 +2202,7 @@ class SchedulerMind(Mind):
         assert not ts.estimate_us or (ts.queue and ts.queue.worker), ts
         assert bool(ts.attempt) == (ts.state in ("processing", "memory")) and not ts.value, ts
         assert ts.state == "memory" or not (ts.copying or ts.stuck), ts
+        assert ts.copying or not ts.targets, ts
         # T2. What nobody needs is not kept; what somebody needs is not left undone.
         assert bool(ts.who_wants or ts.waiters) == (ts.state != "released"), ts
         assert ts.state != "released" or (ts.dependents and ts.run_spec), ts
@@ -4619,8 +4643,8 @@ class Client(Threaded, Body):
 
         A list, tuple, set, frozenset or namedtuple gives the like of futures; of a dict, the keys
         name the tasks; anything else is one value.  Items go round robin, or to ``workers``; with
-        ``broadcast``, each goes to all.  Equal data shares a key, unless not ``hash``.  It always
-        goes directly to the workers, whatever ``direct``.  Scattered data cannot be computed
+        ``broadcast``, each goes to all of them.  Equal data shares a key, unless not ``hash``.  It
+        always goes directly to the workers, whatever ``direct``.  Scattered data cannot be computed
         again.  Raises TimeoutError if there is no worker to hold it within ``timeout`` seconds.
 
         For what many calls need: an argument travels by the scheduler, with each call again.

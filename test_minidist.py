@@ -1524,7 +1524,6 @@ SchedulerMind.enter_memory | self.mark(dependent) | pass | the_books_balance
 SchedulerMind.stimulus_register_worker | self.mark(ts) | pass | the_books_balance
 SchedulerMind.account | self.changed[ws] = None | pass | the_books_balance
 WorkerMind.arrived | self.mark(attempt) | pass | the_books_balance
-SchedulerMind.add_replica | self.changed[ws] = None | pass | capacity
 # A result is released too early, ...
 SchedulerMind.goal | if not (ts.who_wants or ts.waiters): | if not ts.who_wants: | the_books_balance
 ClientMind.stimulus_release | if not state.count and | if | no_live_future_is_cancelled

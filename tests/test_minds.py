@@ -77,18 +77,81 @@ def test_of_two_clients_that_scatter_the_same_the_second_gives_it_if_the_first_l
 def test_a_broadcast_is_over_when_each_worker_has_it_or_is_gone():
     s = Scheduler("u", "v", "w")
     worker, attempt = scatter(s, broadcast=True)
-    others = [id for id in "uvw" if id != worker]
     s.stimulus_add_keys(worker, [("d", attempt)])
     said = sent(s)
-    copies = [(peer, f["attempt"]) for peer, op, f in said if op == "compute-task"]
-    assert {f["order"] for _, op, f in said if op == "compute-task"} == {1}
-    assert [peer for peer, _ in copies] == others and not [op for _, op, _ in said if "key" in op]
-    s.stimulus_add_keys(others[0], [("d", attempt)])
-    s.stimulus_task_returned(others[0], copies[0][1], [])
-    assert sent(s) == []
-    s.stimulus_worker_left(others[1])
+    ((one, copy),) = [(peer, f) for peer, op, f in said if op == "compute-task"]
+    assert copy["order"] == 1 and not [op for _, op, _ in said if "key" in op]
+    s.stimulus_add_keys(one, [("d", attempt)])
+    s.stimulus_task_returned(one, copy["attempt"], [])
+    ((other, copy),) = [(peer, f) for peer, op, f in sent(s) if op == "compute-task"]
+    assert copy["places"] == [("d", attempt, [one, worker])], "who has got it gives it further"
+    s.stimulus_worker_left(other)
     (news,) = told(s, "c", "key-in-memory")
-    assert set(news["holders"]) == {worker, others[0]}
+    assert {one, other, worker} == {*"uvw"} and {*news["holders"]} == {one, worker}
+
+
+def test_a_broadcast_needs_few_rounds_since_each_copy_makes_the_next_ones():
+    s = Scheduler(*(f"w{n}" for n in range(32)))
+    _, attempt = scattered(s, broadcast=True)
+    rounds = []
+    while copies := [(peer, f["attempt"]) for peer, op, f in sent(s) if op == "compute-task"]:
+        rounds.append(len(copies))
+        for worker, copy in copies:
+            s.stimulus_add_keys(worker, [("d", attempt)])
+        for worker, copy in copies:
+            s.stimulus_task_returned(worker, copy, [])
+    assert rounds == [1, 2, 4, 8, 16] and len(s.tasks["d"].who_has) == 32
+
+
+def test_a_broadcast_of_data_that_is_tied_to_some_workers_reaches_those():
+    s = Scheduler("u", "v", "w")
+    worker, attempt = scattered(s, workers=["u", "w"], broadcast=True)
+    ((copied, _),) = s.computing()
+    assert {worker, copied} == {"u", "w"}
+
+
+def test_a_broadcast_ends_with_the_value_and_passes_by_who_has_left_or_fetched_it_meanwhile():
+    s = Scheduler(*"uvwxy")
+    worker, attempt = scattered(s, broadcast=True)
+    ((one, copy),) = [(peer, f["attempt"]) for peer, op, f in sent(s) if op == "compute-task"]
+    fetched, left, last = [id for id in s.workers if id not in (worker, one)]
+    s.stimulus_add_keys(fetched, [("d", attempt)])
+    s.stimulus_leave(left)
+    sent(s)
+    s.stimulus_task_returned(one, copy, [])
+    assert s.computing() == [(last, "d")]
+    s.stimulus_worker_left(fetched)
+    s.stimulus_worker_left(worker)
+    s.validate()
+    assert not s.tasks.get("d")
+
+
+def test_those_who_fetch_ask_one_holder_after_the_other():
+    s = Scheduler("v", "w", "x", nthreads=3)
+    _, attempt = scattered(s, broadcast=True)
+    while copies := [(peer, f["attempt"]) for peer, op, f in sent(s) if op == "compute-task"]:
+        for worker, copy in copies:
+            s.stimulus_add_keys(worker, [("d", attempt)])
+            s.stimulus_task_returned(worker, copy, [])
+    s.stimulus_register_worker("y", "y", 9, [], [])
+    first = []
+    for n in range(6):
+        s.submit(f"t{n}", "d", workers=["y"])
+        (task,) = told(s, "y", "compute-task")
+        first.append(task["places"][0][2][0])
+    assert sorted(first) == [*"vvwwxx"]
+
+
+def test_the_values_of_a_worker_that_leaves_are_shared_out_among_those_that_stay():
+    s = Scheduler("u")
+    for n in range(6):
+        s.submit(f"t{n}")
+        s.finish(f"t{n}")
+    for worker in "vwx":
+        s.stimulus_register_worker(worker, worker, 1, [], [])
+    sent(s)
+    s.stimulus_leave("u")
+    assert sorted(worker for worker, _ in s.computing()) == [*"vvwwxx"]
 
 
 def test_lost_data_cancels_what_was_still_to_be_made_from_it_and_says_which():
@@ -153,7 +216,7 @@ def test_what_could_not_be_fetched_is_told_as_soon_as_there_is_a_copy_elsewhere(
     (copy,) = told(s, "v", "compute-task")
     s.stimulus_add_keys("v", [("d", attempt)])
     s.stimulus_task_returned("v", copy["attempt"], [])
-    assert [f["holders"] for f in told(s, "c", "key-in-memory")] == [["w", "v"]]
+    assert [f["holders"] for f in told(s, "c", "key-in-memory")] == [["v", "w"]]
     assert not s.tasks["d"].stuck
     s.stimulus_heartbeat("w")
     assert sent(s) == []
@@ -174,7 +237,7 @@ def test_a_worker_that_fetched_what_a_client_cannot_have_helps_the_client():
     assert len(copies) == 1 + ALLOWED_FAILURES // 2, "each of the two may miss as often"
     sent(s)
     s.stimulus_add_keys("v", [("d", attempt)])
-    assert [f["holders"] for f in told(s, "c", "key-in-memory")] == [["w", "v"]]
+    assert [f["holders"] for f in told(s, "c", "key-in-memory")] == [["v", "w"]]
 
 
 def test_a_retry_forgets_how_often_inputs_were_missed():
@@ -386,6 +449,19 @@ def test_an_idle_holder_of_its_input_steals_what_waits():
     s.submit("urgent", workers=["name of v"], priority=1)
     s.finish("x")  # Now it would wait for long, but to move its input to any would take longer.
     assert s.tasks["y"].processing_on is s.workers["holder"]
+
+
+def test_a_worker_that_has_fetched_an_input_steals_what_waits_for_it_elsewhere():
+    s = Scheduler("v", nthreads=2).measured("y", 1_000_000)
+    s.submit("x")
+    s.finish("x", nbytes=10**9)
+    for n in range(5):
+        s.submit(f"y{n}", "x", name="y")
+    s.stimulus_register_worker("w", "w", 2, [], [])
+    s.submit("z", "x", workers=["w"])
+    assert [key for worker, key in s.computing() if worker == "w"] == ["z"], "x is too large"
+    s.stimulus_add_keys("w", [("x", s.tasks["x"].attempt)])
+    assert s.computing() == [("w", "y2")]
 
 
 def test_tiny_tasks_stay_where_their_large_input_is():

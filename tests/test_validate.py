@@ -203,7 +203,7 @@ NEITHER = {  # {reason: fields}
         TaskState.stuck TaskState.lost TaskState.why WorkerState.late WorkerState.seen_us
         Attempt.ready_us FutureState.text""",
     "it is a supply of numbers, a clock, or a constant": """
-        SchedulerMind.attempts SchedulerMind.submitted SchedulerMind.puts SchedulerMind.now_us
+        SchedulerMind.attempts SchedulerMind.submitted SchedulerMind.now_us
         SchedulerMind.ttl_us ClientMind.wants
         SchedulerMind.edges ClientMind.edges WorkerMind.edges""",
     "it is what a peer or a user said": """
@@ -214,8 +214,8 @@ NEITHER = {  # {reason: fields}
     "its other side is not in this mind: a user's objects, a thread, the scheduler": """
         ClientMind.futures FutureState.count FutureState.put WorkerMind.attempts
         WorkerMind.leaving""",
-    "it is what a worker waits for before it goes: less of it, and it goes too early": """
-        WorkerState.leaving""",
+    "it is still to be done: with less of it, a worker goes too early, a copy is not made": """
+        WorkerState.leaving TaskState.targets""",
 }
 RELATED_ONLY = {  # {field: when it is a relation or a counter}
     "TaskState.attempt": lambda mind, ts: ts.state == "processing",
