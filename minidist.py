@@ -108,7 +108,7 @@ LIMITS = {
     "handshake_seconds": 10,
     "ride_along_bytes": 64 << 10,  # a result up to this size travels with its notice
     "holders": 8,  # replicas named to whoever fetches, or weighed when a worker is chosen
-    "remembered": 10_000,  # durations of functions, and losses of data, in the scheduler
+    "remembered": 10_000,  # durations of functions, losses of data; workers that are dead
     "story": 10_000,  # transitions that a mind remembers
     "argument_bytes": 10_000_000,  # larger arguments of one call get a warning
     "start_seconds": 60,  # a local cluster's worker processes have to be there
@@ -397,6 +397,12 @@ def edges(**finishes):
     }
 
 
+def forget_oldest(memories):
+    """Keep a dict of what was learned bounded.  (A dict's first key is the one added first.)"""
+    if len(memories) > LIMITS["remembered"]:
+        del memories[next(iter(memories))]
+
+
 class FetchingMind(Mind):
     """What the client's and the worker's mind share: values on their way here.
 
@@ -413,6 +419,7 @@ class FetchingMind(Mind):
         super().__init__()
         self.wanted = {}  # {(key, attempt): (holders still to be tried, those that missed)}
         self.asked = {}  # {holder: {(key, attempt): None}}: requests that are under way
+        self.left = {}  # an ordered set of workers that are dead: they are not asked
 
     def need(self, name, holders):
         """Fetch a value.  To want it no longer, take it out of ``wanted``.
@@ -426,6 +433,8 @@ class FetchingMind(Mind):
     def ask(self, name):
         """Ask the next holder; if there is none, the value is given up."""
         holders, misses = self.wanted[name]
+        while holders and holders[0] in self.left:
+            del holders[0]
         if not holders:
             del self.wanted[name]
             self.missed(name, misses)
@@ -463,11 +472,12 @@ class FetchingMind(Mind):
         """The scheduler says that a worker is dead: expect nothing from it any more.
 
         It may be alive, and its answers be under way: they answer no request of ours by then.
+        Where it is named as a holder is not looked for, which could be in 100,000 futures: it is
+        passed over when its turn comes.
         """
+        self.left[worker] = None
+        forget_oldest(self.left)
         self.stimulus_link_lost(worker)
-        for holders, _ in self.wanted.values():
-            if worker in holders:
-                holders.remove(worker)
 
     def end_request(self, holder, name, missed):
         """A request is over; if it was missed by the holder that we wait for, ask the next."""
@@ -532,9 +542,8 @@ class FutureState:
     # Set in "error" and "cancelled": why.
     text: str = ""
 
-    # Of scattered data, in "pending" only: its frames, and where they are being put, if asked to.
+    # Of scattered data, in "pending" only: its frames.
     data: tuple = ()
-    put: tuple = ()  # (worker, attempt)
 
     @property
     def final(self):
@@ -552,6 +561,7 @@ class ClientMind(FetchingMind):
     def __init__(self):
         super().__init__()
         self.futures = {}  # {key: FutureState}: what is wanted now
+        self.puts = {}  # {FutureState: (worker, attempt)}: where its data is being put
         self.wants = 0  # the number of the last want
         self.news = []  # FutureStates that changed, for the body to wake who waits for them
 
@@ -611,7 +621,7 @@ class ClientMind(FetchingMind):
         # the value freed where it was put.
         state = self.futures.get(key)
         if state is not None and state.data:
-            state.put = (worker, attempt)
+            self.puts[state] = (worker, attempt)
             self.send(worker, "put-data", key, attempt, state.data)
 
     def stimulus_link_lost(self, holder):
@@ -622,8 +632,9 @@ class ClientMind(FetchingMind):
         that attempt, and the claim is answered by "free-keys".
         """
         super().stimulus_link_lost(holder)
-        for state in [state for state in self.futures.values() if state.put[:1] == (holder,)]:
-            self.send(SCHEDULER, "put-failed", state.key, state.put[1])
+        for state, (worker, attempt) in self.puts.items():
+            if worker == holder:
+                self.send(SCHEDULER, "put-failed", state.key, attempt)
 
     def stimulus_cancel(self, states, force):
         """The user cancels: these states leave the table at once.
@@ -733,16 +744,6 @@ class ClientMind(FetchingMind):
             if not state.final:
                 self.become(state, "cancelled", text)
 
-    def stimulus_worker_left(self, peer, worker):
-        """A worker is dead: forget it as a holder, so that it is not asked later.
-
-        If it was the last one, news of that comes on the same stream.
-        """
-        super().stimulus_worker_left(peer, worker)
-        for state in self.futures.values():
-            if worker in state.holders:
-                state.holders = [holder for holder in state.holders if holder != worker]
-
     def stimulus_scheduler_left(self, text):
         """The stream ended: nothing that is not here yet will come.
 
@@ -784,8 +785,9 @@ class ClientMind(FetchingMind):
     def become(self, state, status, text=""):
         """What users see changes.  Data that has a place, or needs none, is not kept here."""
         state.status, state.text = status, text
-        if status != "pending":
-            state.data = state.put = ()
+        if state.data and status != "pending":
+            state.data = ()
+            self.puts.pop(state, None)
         self.news.append(state)
 
     def fetch(self, state):
@@ -829,12 +831,13 @@ class ClientMind(FetchingMind):
             assert state.status != "finished" or state.attempt, state
             assert state.status != "error" or state.exception or state.text, state
             assert state.status == "error" or not state.exception, state
-            assert state.status == "pending" or not (state.data or state.put), state
+            assert state.status == "pending" or not state.data, state
             # C3. What somebody waits for is on its way exactly when it exists and is not here.
             waits = state.asked and state.status == "finished" and not state.value
             assert waits == ((key, state.attempt) in self.wanted), state
-        # C4. What is fetched is wanted, and wants differ.
+        # C4. What is fetched, or put, is wanted, and wants differ.
         assert all(name[0] in self.futures for name in self.wanted)
+        assert all(self.futures.get(state.key) is state and state.data for state in self.puts)
         assert len({state.want for state in self.futures.values()}) == len(self.futures)
 
 
@@ -2246,12 +2249,6 @@ class SchedulerMind(Mind):
         # (Room for a further, short one may go unnoticed for a while, when it is another worker
         # that measures how short it is.)
         assert not ws.queue or ws.load > FREE or ws.queue.peek().suspect, ws
-
-
-def forget_oldest(memories):
-    """Keep a dict of what was learned bounded.  (A dict's first key is the one added first.)"""
-    if len(memories) > LIMITS["remembered"]:
-        del memories[next(iter(memories))]
 
 
 def check_transposes(some, field, others, transpose):

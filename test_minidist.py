@@ -927,8 +927,8 @@ class Cluster:
         links = {}
         for peer in [*self.ids("c"), *self.ids("w")]:
             asked = [(h, key) for h, some in self.minds[peer].asked.items() for key, _ in some]
-            futures = self.minds[peer].futures.values() if peer in self.held else ()
-            for holder, key in asked + [(s.put[0], s.key) for s in futures if s.put]:
+            puts = self.minds[peer].puts if peer in self.held else {}
+            for holder, key in asked + [(w, state.key) for state, (w, _) in puts.items()]:
                 if to in (None, holder):
                     links.setdefault((peer, holder), []).append(key)
         return links

@@ -704,7 +704,24 @@ def test_a_client_keeps_what_it_scatters_until_it_has_a_place():
     client.stimulus_link_lost("w")
     assert sent(client) == [(SCHEDULER, "put-failed", dict(key="d", attempt=5))]
     client.stimulus_key_in_memory(SCHEDULER, "d", 1, 6, 8, "int", ["v"], ())
-    assert (state.status, state.data, state.put) == ("finished", (), ())
+    assert (state.status, state.data, client.puts) == ("finished", (), {})
+
+
+def test_a_worker_that_is_dead_is_never_asked_though_many_futures_name_it():
+    """To look for it in each of them would cost 10 ms for each worker that is lost."""
+    client = ClientMind()
+    states = [client.stimulus_submit(f"x{n}", "f", (), [], 0) for n in range(3)]
+    for n, state in enumerate(states, 1):
+        client.stimulus_key_in_memory(SCHEDULER, state.key, n, n, 8, "int", ["u", "v", "w"], ())
+    client.stimulus_ask(states[:1])
+    client.stimulus_worker_left(SCHEDULER, "v")
+    client.stimulus_ask(states[1:2])
+    sent(client)
+    client.stimulus_worker_left(SCHEDULER, "u")
+    client.stimulus_ask(states)
+    asked = [(peer, fields["names"]) for peer, _, fields in sent(client)]
+    assert asked == [("w", [("x0", 1), ("x1", 2), ("x2", 3)])]
+    client.validate()
 
 
 def test_a_value_that_is_lost_while_it_is_fetched_is_not_expected_any_more():

@@ -199,7 +199,7 @@ NEITHER = {  # {reason: fields}
         SchedulerMind.news""",
     "it tells what has happened, which leaves no trace elsewhere": """
         SchedulerMind.story ClientMind.story WorkerMind.story SchedulerMind.durations SchedulerMind.losses
-        SchedulerMind.complaints TaskState.misses TaskState.deaths
+        ClientMind.left WorkerMind.left SchedulerMind.complaints TaskState.misses TaskState.deaths
         TaskState.stuck TaskState.lost TaskState.why WorkerState.late WorkerState.seen_us
         Attempt.ready_us FutureState.text""",
     "it is a supply of numbers, a clock, or a constant": """
@@ -212,7 +212,7 @@ NEITHER = {  # {reason: fields}
         FutureState.nbytes FutureState.type FutureState.holders FutureState.data
         Attempt.key Attempt.name Attempt.run_spec Attempt.priority Attempt.wanted Attempt.told""",
     "its other side is not in this mind: a user's objects, a thread, the scheduler": """
-        ClientMind.futures FutureState.count FutureState.put WorkerMind.attempts
+        ClientMind.futures ClientMind.puts FutureState.count WorkerMind.attempts
         WorkerMind.leaving""",
     "it is still to be done: with less of it, a worker goes too early, a copy is not made": """
         WorkerState.leaving TaskState.targets""",
