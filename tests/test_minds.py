@@ -870,6 +870,19 @@ def test_a_complaint_is_settled_by_the_first_copy_though_another_is_under_way():
     assert not told(s, "c", "key-erred")
 
 
+def test_data_that_is_needed_no_more_when_other_data_is_lost_with_it_is_forgotten():
+    s = Scheduler("w")
+    for want, key in enumerate("de", 1):
+        _, attempt = scatter(s, key, want)
+        s.stimulus_add_keys("w", [(key, attempt)])
+    s.submit("hold", priority=1)
+    s.stimulus_submit("c", "z", 3, "z", (b"z",), [("d", 1), ("e", 2)], 0)
+    s.stimulus_release_keys("c", [("d", 1), ("e", 2)])
+    s.stimulus_worker_left("w")
+    (cancelled,) = told(s, "c", "key-cancelled")
+    assert "was lost with w" in cancelled["text"] and s.states() == {"hold": "no-worker"}
+
+
 def test_lost_data_cancels_also_what_begins_to_wait_for_it_in_the_same_moment():
     s = Scheduler("v", "w")
     _, number = scattered(s, workers=["name of w"])
