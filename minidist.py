@@ -2182,9 +2182,9 @@ class SchedulerMind(Mind):
         assert set(self.unrunnable) == {ts for ts in tasks if ts.state == "no-worker"}
         assert set(self.crowded) == {ws for ws in workers if ws.queue}
         assert sum(map(len, self.by_load)) == len(workers)
-        assert all(self.tasks[ts.key] is ts for ts in tasks)
-        assert all(self.workers[ws.id] is ws for ws in workers)
-        assert all(self.clients[cs.id] is cs for cs in self.clients.values())
+        assert [ts.key for ts in tasks] == [*self.tasks]
+        assert [ws.id for ws in workers] == [*self.workers]
+        assert [cs.id for cs in self.clients.values()] == [*self.clients]
         called = {(alias, ws) for alias, some in self.called.items() for ws in some}
         assert {*self.staying} == {ws for ws in workers if ws.leaving is None}
         assert called == {(alias, ws) for ws in self.staying for alias in ws.aliases()}
@@ -2211,14 +2211,14 @@ class SchedulerMind(Mind):
         assert ts.state != "released" or (ts.dependents and ts.run_spec), ts
         # T3. Data has no inputs; until it is in memory, who wants it can give it.
         assert ts.run_spec or not ts.dependencies, ts
-        assert {*ts.givers} <= {*ts.who_wants}, ts
-        assert not ts.givers or ts.state in ("processing", "no-worker"), ts
+        if ts.givers:
+            assert {*ts.givers} <= {*ts.who_wants} and ts.state in ("processing", "no-worker"), ts
         if ts.state == "processing":
             ws = ts.processing_on
             here = ws.processing[ts.attempt][0] if ts.run_spec else ws.arriving[ts.attempt]
             assert here is ts and self.workers[ws.id] is ws, ts
             assert ts.suspect == ws.alone if ts.run_spec else ts.givers and not ts.suspect, ts
-        assert all(ws.arriving[attempt] is ts for attempt, ws in dict(ts.copying).items()), ts
+        assert not ts.copying or all(ws.arriving[n] is ts for n, ws in ts.copying.items()), ts
         assert ts.queue is not self.queue or not (ts.dependencies or ts.suspect), ts
         for dependency in ts.dependencies:
             # T4. A task is a waiter of its dependencies exactly while it is unfinished.
