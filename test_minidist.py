@@ -1022,7 +1022,9 @@ class Cluster:
         tasks, ws = self.minds[SCHEDULER].tasks, self.minds[SCHEDULER].workers.get(sender)
         misses = ()
         if op in ("submit", "retry"):
-            for key in self.family([fields["key"]]) if op == "retry" else [fields["key"]]:
+            # What failed because the same input did is retried, too.
+            again = self.family(self.lineage(fields["key"])) if op == "retry" else [fields["key"]]
+            for key in again:
                 self.allow_run(key, tasks)
         elif op in ("heartbeat", "register-worker"):
             self.heard_us[fields.get("id", sender)] = self.minds[SCHEDULER].now_us
