@@ -1516,8 +1516,9 @@ class SchedulerMind(Mind):
                 while ts := self.next_for(ws):
                     self.process(ts, ws)
                 if ws.queue and (self.by_load[EMPTY] or self.by_load[FREE]):
-                    some = self.candidates(ws.queue.peek())  # Of these, who is idle may steal.
-                    self.changed |= {ws: None for ws in some if ws.load <= FREE and not ws.queue}
+                    for idle in self.candidates(ws.queue.peek(), lambda ws: not ws.queue):
+                        if idle and idle.load <= FREE and not idle.queue:
+                            self.changed[idle] = None  # It may steal.
             ts = self.queue.peek()
             ws = self.room_for(ts) if ts else None
             if ws is None:
@@ -1641,14 +1642,15 @@ class SchedulerMind(Mind):
         stuck = [ws for d in ts.dependencies if d.stuck for ws in d.who_has]
         return min(stuck or self.candidates(ts), key=lambda ws: self.start_us(ts, ws))
 
-    def candidates(self, ts):
-        """Where ``ts`` might start first, as an ordered set, while any worker stays.
+    def candidates(self, ts, fits=None):
+        """Where ``ts`` might start first, as an ordered set.
 
-        The workers that are allowed; if all are, then the least loaded one, and holders of inputs.
+        The workers that are allowed; if all are, then the least loaded one that ``fits`` (None, if
+        there is none), and holders of inputs.
         """
         some = self.allowed(ts)
         if some is None:
-            some = {self.least_loaded(FULL): None}
+            some = {self.least_loaded(FULL, fits): None}
             for dependency in ts.dependencies:
                 if len(some) <= LIMITS["holders"]:
                     holders = islice(dependency.who_has, LIMITS["holders"])

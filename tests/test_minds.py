@@ -464,6 +464,20 @@ def test_a_worker_that_has_fetched_an_input_steals_what_waits_for_it_elsewhere()
     assert s.computing() == [("w", "y2")]
 
 
+def test_a_free_thread_is_found_beside_idle_workers_that_have_a_queue():
+    s = Scheduler("v")
+    for worker, nthreads in [("half", 2), ("w", 1)]:
+        s.stimulus_register_worker(worker, worker, nthreads, [], [])
+    s.submit("x", workers=["v"])
+    s.finish("x")
+    s.submit("gate", workers=["w"])
+    for n in range(5):
+        s.submit(f"y{n}", "x", "gate")
+    s.submit("busy", workers=["half"])
+    s.finish("gate")  # All at once they are placed on v and w, which run nothing.
+    assert len(s.workers["half"].processing) == 2
+
+
 def test_tiny_tasks_stay_where_their_large_input_is():
     s = Scheduler("w").measured("f", duration_us=10)
     s.submit("big")
