@@ -2086,6 +2086,7 @@ class SchedulerMind(Mind):
             self.changed[ws] = None  # It may steal what has to move less now.
             if ts.stuck:
                 ts.stuck = False
+                self.changed |= ts.who_has  # What waits there may be stolen now.
                 for cs in [cs for cs, about in self.complaints if about is ts]:
                     del self.complaints[cs, ts]
                     self.tell(cs, ts)

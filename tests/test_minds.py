@@ -464,6 +464,20 @@ def test_a_worker_that_has_fetched_an_input_steals_what_waits_for_it_elsewhere()
     assert s.computing() == [("w", "y2")]
 
 
+def test_what_waited_where_its_input_was_stuck_is_stolen_when_there_is_a_copy():
+    s = Scheduler("v", "w", "idle")
+    holder, attempt = scattered(s)
+    s.submit("busy", workers=["name of w"])
+    sent(s)
+    s.stimulus_fetch_missed("c", "d", 1, attempt, [holder])
+    ((target, copy),) = [(peer, f["attempt"]) for peer, op, f in sent(s) if op == "compute-task"]
+    for n in range(3):
+        s.submit(f"y{n}", "d")
+    assert (holder, target) == ("v", "w") and not s.workers["idle"].processing
+    s.stimulus_add_keys(target, [("d", attempt)])
+    assert s.workers["idle"].processing
+
+
 def test_a_free_thread_is_found_beside_idle_workers_that_have_a_queue():
     s = Scheduler("v")
     for worker, nthreads in [("half", 2), ("w", 1)]:
