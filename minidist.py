@@ -1461,7 +1461,7 @@ class SchedulerMind(Mind):
     # a message.  What waits here can be decided anew until the last moment.
     #
     # For a task without inputs all workers are alike: it waits in the common queue.  One with
-    # inputs waits for the worker where it would start first, and others may steal it from there.
+    # inputs, or a suspect, waits for the worker where it would start first; others may steal it.
     # ``settle`` empties both: each worker that may have got room takes from its own queue and the
     # common one, whichever head goes first; then the common queue's head goes to who has room.
 
@@ -1634,7 +1634,7 @@ class SchedulerMind(Mind):
         return None if ts.loose and not some else some
 
     def decide_worker(self, ts):
-        """The worker on which ``ts``, which has inputs or restrictions, would start first.
+        """The worker on which ``ts`` (with inputs or restrictions, or a suspect) would start first.
 
         An input that could not be fetched from its only holder draws it there, even against its
         restrictions: elsewhere it might never run.
