@@ -5337,8 +5337,11 @@ async def worker_process(*arguments, ended_by):
     try:
         yield process
     finally:
+        # Not ``send_signal``: before 3.13 that takes the exit code of a process that has just ended,
+        # and the loop then looks for it in vain (CPython's gh-87744).
         with contextlib.suppress(ProcessLookupError):
-            process.send_signal(ended_by)
+            if process.returncode is None:
+                os.kill(process.pid, ended_by)
         await process.wait()
         with contextlib.suppress(OSError):  # What its tasks have started, if anything is left.
             os.killpg(process.pid, signal.SIGKILL)

@@ -394,6 +394,17 @@ def test_several_workers_of_one_command_hand_their_data_over_when_it_is_asked_to
             assert c.gather(data) == {n: n * 100_000 for n in "xyz"}
 
 
+def test_a_process_that_ends_just_before_it_is_asked_to_has_its_own_exit_code(capfd):
+    async def main():
+        async with minidist.worker_process("no address", ended_by=signal.SIGTERM) as process:
+            # It has ended, and the loop has had no turn to see it.
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert process.returncode == 1
+
+    asyncio.run(main())
+    assert capfd.readouterr().err.startswith("minidist worker: ")
+
+
 def test_an_interrupt_from_the_terminal_ends_several_workers_of_one_command(scheduler):
     with two_by_one_command(scheduler.address) as parent, Client(scheduler.address) as c:
         for pid in [*c.run(os.getpid).values(), parent.pid]:
