@@ -117,8 +117,10 @@ LIMITS = {
 
 SCHEDULER = "scheduler"  # the peer, seen from clients and workers
 
-# All that is ever said.  To read a stimulus, start from its message's line here.  Whatever comes in
-# is checked against that line, and what a mind sends is made from it (``Mind.send``).
+# All that is ever said.  A message is a list: its op, then its fields in the order of its line here,
+# and in that order its stimulus takes them.  So to read a stimulus, start from its message's line.
+# Whatever comes in is checked against that.  (To write the names of the fields into each message
+# would double the time that it takes to pack and to read it.)
 #
 # A ``key`` stands nowhere without a number beside it, but for a query: ``want`` where the client
 # counts, ``attempt`` where the scheduler does; ``names`` are such pairs.  ``places`` are an
@@ -239,16 +241,15 @@ def convert(kind, value, frames):
 
 
 def parse_line(line):
-    """A line of MESSAGES as (senders, names of the fields, [(field, kind, plain)]).
+    """A line of MESSAGES as (senders, names of the fields, [(kind, plain)]).
 
     What comes as ``plain``, a type, needs no conversion: that is most of what comes.
     """
     route, _, fields = line.partition(":")
     names = fields.split()
     senders = route.partition(" > ")[0].split("|")
-    kinds = [(name, FIELDS[name]) for name in names]
-    kinds = [(name, kind, str if kind is to_key else kind) for name, kind in kinds]
-    return senders, ("op", *names), kinds
+    kinds = [FIELDS[name] for name in names]
+    return senders, names, [(kind, str if kind is to_key else kind) for kind in kinds]
 
 
 OPS = {op: parse_line(line) for op, line in MESSAGES.items()}
@@ -259,18 +260,17 @@ def check_message(message, frames, sender):
 
     ``sender`` is the kind of peer that it came from.  A ``ProtocolError`` says what is wrong.
 
-    Exactly these fields, in this order: to skip what is not known would be of use between versions,
-    but the handshake lets only one version in.  A mind may rely on the kinds, not on the sense: the
-    end of an attempt that was never sent passes here.  Then the mind raises, and its body drops the
-    peer.
+    Exactly these fields: to skip what is not known would be of use between versions, but the
+    handshake lets only one version in.  A mind may rely on the kinds, not on the sense: the end of
+    an attempt that was never sent passes here.  Then the mind raises, and its body drops the peer.
     """
     try:
-        senders, names, kinds = OPS[message["op"]]
-        if sender not in senders or tuple(message) != names:
+        senders, names, kinds = OPS[message[0]]
+        if sender not in senders or len(message) != 1 + len(names):
             raise ValueError(f"a {sender} sends {names}, if at all")
-        for field, kind, plain in kinds:
-            if type(message[field]) is not plain:
-                message[field] = convert(kind, message[field], frames)
+        for place, (kind, plain) in enumerate(kinds, 1):
+            if type(message[place]) is not plain:
+                message[place] = convert(kind, message[place], frames)
     except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"not a message: {message!r:.200} ({error})") from error
     return message
@@ -343,16 +343,16 @@ class Mind:
 
     def send(self, peer, op, *values):
         """Leave a message for a peer: ``values`` are the op's fields, in the order of MESSAGES."""
-        self.outbox.append((peer, dict(zip(OPS[op][1], (op, *values), strict=True))))
+        self.outbox.append((peer, [op, *values]))
 
     def send_name(self, peer, op, name):
         """Send a ``(key, number)``; those that follow each other travel in one message.
 
         Only with the very last message: in an earlier one, it would overtake what was said since.
         """
-        last, message = self.outbox[-1] if self.outbox else (None, {})
-        if last == peer and message["op"] == op:
-            message["names"].append(name)
+        last, message = self.outbox[-1] if self.outbox else (None, [])
+        if last == peer and message[0] == op:
+            message[1].append(name)
         else:
             self.send(peer, op, [name])
 
@@ -1037,7 +1037,7 @@ class SchedulerMind(Mind):
         self.news.append(f"Client {client} joined")
         self.send(client, "registered", self.ttl_us)
 
-    def stimulus_submit(self, client, key, want, name, run_spec, inputs, priority, **options):
+    def stimulus_submit(self, client, key, want, name, run_spec, inputs, priority, *options):
         """[5] A client wants the result of a call.
 
         ``inputs`` are the tasks whose results are among its arguments, as (key, want);
@@ -1056,7 +1056,7 @@ class SchedulerMind(Mind):
                 return
         ts = self.tasks.get(key)
         if ts is None:
-            ts = self.new_task(key, name, run_spec, priority, **options)
+            ts = self.new_task(key, name, run_spec, priority, *options)
             for input_key, _ in inputs:
                 dependency = self.tasks[input_key]
                 ts.dependencies = ts.dependencies or {}
@@ -2550,7 +2550,7 @@ class WorkerMind(FetchingMind):
 # by, and because parsing it can run no code.
 #
 #       +--------------+--------------+---------------------------+---------+---------+
-#       | header bytes | frames bytes | [[{"op": ...}, ...], [s]] | frame 0 | frame 1 | ...
+#       | header bytes | frames bytes | [[["op", ...], ...], [s]] | frame 0 | frame 1 | ...
 #       +--------------+--------------+---------------------------+---------+---------+
 #
 # TCP delivers a stream of bytes, not messages: what was written in one call may be read in three,
@@ -2771,7 +2771,7 @@ class Connection:
 # Whoever holds the secret can run any code on every worker: that is what a cluster is for.
 
 HELLO = struct.Struct("!8sHBBB32s32s")  # magic, protocol, Python's version, role, nonce, worker
-MAGIC, PROTOCOL = b"minidist", 1
+MAGIC, PROTOCOL = b"minidist", 2
 ROLES = ["client", "worker", "scheduler", "holder"]
 REFUSAL = "wrong secret: set MINIDIST_TOKEN, or copy ~/.minidist/token, so that it is the same"
 
@@ -3252,8 +3252,8 @@ class Body:
         try:
             while True:
                 with self.lock:
-                    for message in batch:
-                        self.take(peer, message.pop("op"), message)
+                    for op, *fields in batch:
+                        self.take(peer, op, fields)
                 self.flush()
                 batch = await connection.receive()
         except ProtocolError as error:
@@ -3268,13 +3268,13 @@ class Body:
 
     def take(self, peer, op, fields):
         """Give the mind one message; subclasses add what is not the mind's business."""
-        self.stimulate(op, (peer,), fields)
-        if op == "worker-left" and fields["worker"] in self.links:
-            self.links[fields["worker"]].hang_up()
+        self.stimulate(op, peer, *fields)
+        if op == "worker-left" and fields[0] in self.links:
+            self.links[fields[0]].hang_up()
 
-    def stimulate(self, op, args, fields={}):
+    def stimulate(self, op, *args):
         """Tell the mind what came, or what else has happened."""
-        getattr(self.state, stimulus_named(op))(*args, **fields)
+        getattr(self.state, stimulus_named(op))(*args)
 
     def flush(self):
         """Send what the mind has in its outbox.
@@ -3292,7 +3292,7 @@ class Body:
                 self.links[peer].following = self.start(self.reach(peer, self.links[peer]))
             if peer in self.links:  # Else it is gone, or never was: the fire-and-forget client.
                 self.links[peer].send(message)
-                if message["op"] == "refused":
+                if message[0] == "refused":
                     self.start(self.links[peer].close())
 
     def wake(self):
@@ -3450,7 +3450,7 @@ class Scheduler(Body):
         every worker would have been silent for too long.
         """
         while True:
-            self.stimulate("time-passes", [time.monotonic_ns() // 1000])
+            self.stimulate("time-passes", time.monotonic_ns() // 1000)
             self.flush()
             await asyncio.sleep(self.state.ttl_us / 4_000_000)
 
@@ -3461,11 +3461,11 @@ class Scheduler(Body):
         a ``KilledWorker``: a process of ours is asked for its exit code or signal.
         """
         batch = await connection.receive()
-        peer = batch[0].pop("id", None) if batch else None  # Only who registers has one.
-        if peer in (None, SCHEDULER) or peer in self.links:
+        first = batch[0] if batch else [""]
+        peer = first.pop(1) if first[0].startswith("register-") else SCHEDULER
+        if peer == SCHEDULER or peer in self.links:
             raise ProtocolError(f"a {connection.peer} that does not register, or is here already")
-        how = ["connection lost"] if connection.peer == "worker" else []
-        name = batch[0].get("name")  # (A client has none.)
+        how, name = (["connection lost"], first[1]) if connection.peer == "worker" else ([], "")
         process = self.watched.get(name)
         try:
             await self.follow(peer, connection, batch)
@@ -3477,7 +3477,7 @@ class Scheduler(Body):
                     process.kill()  # It was silent for too long.
         finally:
             how = [f"{text} at {time.strftime('%H:%M:%S')}" for text in how]
-            self.stimulate(f"{connection.peer}-left", [peer, *how])
+            self.stimulate(f"{connection.peer}-left", peer, *how)
             self.flush()
 
     def take(self, peer, op, fields):
@@ -3491,20 +3491,20 @@ class Scheduler(Body):
         if known and registers:
             raise ProtocolError(f"{op} a second time")
         if known or registers:  # Else it was refused, or declared dead, and is being hung up on.
-            self.stimulate(op, (peer,), fields)
+            self.stimulate(op, peer, *fields)
         if known and op == "shutdown":
             self.ended.set()
 
-    def stimulate(self, op, args, fields={}):
+    def stimulate(self, op, *args):
         """All that this mind is told goes through here; each time is one line of the recording."""
         if not self.recording:
-            return super().stimulate(op, args, fields)
+            return super().stimulate(op, *args)
         # What earlier stimuli have left is put aside: a line has the messages of its own.
         outbox, self.state.outbox = self.state.outbox, []
         try:
-            super().stimulate(op, args, fields)
+            super().stimulate(op, *args)
         finally:
-            self.recorded.append(RECORDED.encode([op, args, fields, self.state.outbox]))
+            self.recorded.append(RECORDED.encode([op, args, self.state.outbox]))
             outbox += self.state.outbox
             self.state.outbox = outbox
 
@@ -3558,14 +3558,16 @@ def replay(path, validate=True):
                 if body is None:
                     body = Body(SchedulerMind(**json.loads(line)))
                     continue
-                op, args, fields, recorded = json.loads(line)
-                for name, value in fields.items():
+                op, args, recorded = json.loads(line)
+                _, _, kinds = OPS.get(op, ((), (), ()))
+                # (The last of them: of who registers, the id stands in the peer's place.)
+                for place, (kind, _) in enumerate(kinds[1 - len(args) :], 1):
                     # Where there were frames, their digests will do: no mind looks into them.
-                    frames = FIELDS[name] is to_frames
-                    fields[name] = tuple(value) if frames else convert(FIELDS[name], value, ())
+                    frames = kind is to_frames
+                    args[place] = tuple(args[place]) if frames else convert(kind, args[place], ())
                 body.state.outbox = []
                 with contextlib.suppress(Exception):  # Whoever had sent that was dropped.
-                    body.stimulate(op, args, fields)
+                    body.stimulate(op, *args)
                 for now, then in zip_longest(body.state.outbox, recorded):
                     if RECORDED.encode(now) != RECORDED.encode(then):
                         raise ValueError(f"it says {now}, and it is recorded that it said {then}")
@@ -3646,17 +3648,16 @@ class Worker(Body):
             await self.listen(connection.writer.get_extra_info("sockname")[0], 0)
             self.id = f"{self.address}#{unique()[:8]}"
             self.name = str(self.name if self.name is not None else self.address)
-        about = {"name": self.name, "nthreads": self.nthreads, "values": [], "attempts": []}
-        return {"op": "register-worker", "id": self.id, **about}
+        return ["register-worker", self.id, self.name, self.nthreads, [], []]
 
     async def open(self):
         """Connect, listen, register, start the threads."""
         self.loop = asyncio.get_running_loop()
         reached = await reach_scheduler(self.scheduler_address, self, self.timeout)
-        self.scheduler, first, batch = reached
-        if first["op"] == "refused":
-            raise ValueError(f"{self.scheduler_address}: {first['text']}")
-        self.start(self.give_signs_of_life(first["ttl_us"] / 4_000_000))
+        self.scheduler, (op, answer), batch = reached
+        if op == "refused":
+            raise ValueError(f"{self.scheduler_address}: {answer}")
+        self.start(self.give_signs_of_life(answer / 4_000_000))  # It is the scheduler's patience.
         for number in range(self.nthreads):
             name = f"minidist-{self.name}-{number}"
             threading.Thread(target=self.run_thread, name=name, daemon=True).start()
@@ -3670,7 +3671,7 @@ class Worker(Body):
         scheduler's patience does.
         """
         while True:
-            self.scheduler.send({"op": "heartbeat"})
+            self.scheduler.send(["heartbeat"])
             await asyncio.sleep(interval_seconds)
 
     async def leave(self):
@@ -3709,17 +3710,17 @@ class Worker(Body):
         """What the mind wants to hold is stored, and what it is told to free is not any more."""
         if op in ("goodbye", "refused"):
             # We hang up: if the scheduler did, it might cut off what it has just said.
-            self.parting = fields.get("text", "")
+            self.parting = fields[0] if fields else ""
             self.scheduler.hang_up()
             return
         super().take(peer, op, fields)
         if op == "free-keys":
-            for name in fields["names"]:
+            for name in fields[0]:
                 del self.store[name]
         elif op in ("data", "put-data"):
-            name = (fields["key"], fields["attempt"])
-            if name in self.state.data and name not in self.store:
-                self.store[name] = Packed(fields["value"])
+            key, attempt, *_, value = fields
+            if (key, attempt) in self.state.data and (key, attempt) not in self.store:
+                self.store[key, attempt] = Packed(value)
 
     def flush(self):
         """Send what the mind has to say; wake as many threads as there are attempts for."""
@@ -3841,20 +3842,18 @@ class Worker(Body):
     async def serve(self, connection):
         """A peer's or client's data connection: give it the values that it asks for."""
         while True:
-            for message in await connection.receive():
-                op = message.pop("op")
+            for op, *fields in await connection.receive():
                 if op == "get-data":
-                    for key, attempt in message["names"]:
-                        answer = await self.give((key, attempt))
-                        connection.send(dict(op="data", key=key, attempt=attempt, **answer))
+                    for name in fields[0]:
+                        connection.send(["data", *name, *await self.give(name)])
                         if connection.writing:  # Who asks sets the pace.
                             await connection.writing
                 elif op == "put-data":
                     with self.lock:
-                        self.take(connection.peer, op, message)
+                        self.take(connection.peer, op, fields)
                     self.flush()
                 elif op == "run":
-                    run = functools.partial(self.answer_run, connection, **message)
+                    run = functools.partial(self.answer_run, connection, *fields)
                     threading.Thread(target=run, daemon=True).start()
                 else:
                     raise ProtocolError(f"{op} on a data connection")
@@ -3874,32 +3873,31 @@ class Worker(Body):
             status, value = "ok", dumps(self.call(func, args, kwargs))
         except BaseException as error:
             status, value = "error", pack_exception(error, skip=2)
-        answer = dict(op="ran", number=number, status=status, value=value)
         with contextlib.suppress(RuntimeError):  # The loop is closed.
-            self.loop.call_soon_threadsafe(connection.send, answer)
+            self.loop.call_soon_threadsafe(connection.send, ["ran", number, status, value])
 
     async def give(self, name):
-        """What to answer for a value: its frames, that it is not here, or why it is of no use.
+        """(status, frames) of a value: it is here, or not, or it is of no use, and why.
 
         "missing" is normal: it was freed while the request was under way.
         """
         if name not in self.store:
-            return dict(status="missing", value=())
+            return "missing", ()
         value = self.store[name]
         if isinstance(value, Packed):
-            return dict(status="ok", value=value.frames)
+            return "ok", value.frames
         # In another thread: pickling 100 MB takes long, and the loop has other peers.
         return await asyncio.to_thread(pack_result, name[0], value)
 
 
 def pack_result(key, result):
-    """What to answer for a result that is an object: its frames, or why nobody can pickle it."""
+    """(status, frames) of a result that is an object, or of why nobody can pickle it."""
     try:
-        return dict(status="ok", value=dumps(result))
+        return "ok", dumps(result)
     except BaseException as error:  # Also what no future can hold: StopIteration, SystemExit.
         text = f"the result of {key!r}, a {type_name(result)}, cannot be pickled: {text_of(error)}"
         error = TypeError(f"{text}: return something simpler")
-        return dict(status="error", value=pack_exception(error))
+        return "error", pack_exception(error)
 
 
 # ---- 9. Client: Future, Client, as_completed, wait, fire_and_forget, progress ----
@@ -4347,7 +4345,7 @@ class Client(Threaded, Body):
     async def introduce(self, connection):
         """Nobody connects to a client: it says only who it is, and that it wants nothing."""
         self.id = f"{self.name or 'client'}-{unique()[:8]}"
-        return {"op": "register-client", "id": self.id, "wants": []}
+        return ["register-client", self.id, []]
 
     @classmethod
     def current(cls):
@@ -4401,9 +4399,9 @@ class Client(Threaded, Body):
     def take(self, peer, op, fields):
         """What a user asked for outside of futures, and warnings, are not the mind's business."""
         if op == "warning":
-            logger.warning("%s", fields["text"])
+            logger.warning("%s", *fields)
         elif op in ("answer", "ran"):
-            number, *answer = fields.values()
+            number, *answer = fields
             self._answers.pop(number).set_result(answer)  # Also if who asked waits no longer.
         else:
             super().take(peer, op, fields)

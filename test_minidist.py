@@ -56,6 +56,7 @@ from minidist import (
     ALLOWED_FAILURES,
     BYTES_PER_US,
     MESSAGES,
+    OPS,
     SCHEDULER,
     TRANSFER_US,
     Client,
@@ -124,25 +125,32 @@ def travel(message, sender):
     return check_message(json.loads(json.dumps(message, default=place)), frames, sender)
 
 
+def fields_of(message):
+    """The fields of a message by their names."""
+    op, *values = message
+    return dict(zip(OPS[op][1], values, strict=True))
+
+
 def test_a_message_arrives_as_it_was_sent():
-    message = dict(op="submit", key=("x", 1), want=1, name="inc", run_spec=(b"inc", b"args"))
-    message |= dict(inputs=[("y", 2), (("z", 0), 3)], priority=0, workers=["a"], loose=False)
-    message |= dict(retries=0)
+    inputs = [("y", 2), (("z", 0), 3)]
+    message = ["submit", ("x", 1), 1, "inc", (b"inc", b"args"), inputs, 0, ["a"], False, 0]
     assert travel(message, "client") == message
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        {"op": "no-such-op"},
-        {"op": "submit", "key": "x"},
-        {"op": "key-lost", "key": "x", "want": 1},
-        {"op": "fetch-missed", "key": "x", "want": 1, "attempt": True, "holders": []},
-        {"op": "fetch-missed", "key": "x", "want": 1, "attempt": 1, "holders": [7]},
-        {"op": "fetch-missed", "key": ["x", 1], "attempt": 1, "want": 1, "holders": []},
-        {"op": "release-keys", "names": [["x"]]},
-        {"op": "release-keys", "names": [["x", "1"]]},
-        {"op": "release-keys", "names": [[7, 1]]},
+        ["no-such-op"],
+        {"shutdown": 1},
+        ["shutdown", 1],
+        ["retry", "x"],
+        ["key-lost", "x", 1],
+        ["fetch-missed", "x", 1, True, []],
+        ["fetch-missed", "x", 1, 1, [7]],
+        ["fetch-missed", 1, "x", 1, []],
+        ["release-keys", [["x"]]],
+        ["release-keys", [["x", "1"]]],
+        ["release-keys", [[7, 1]]],
     ],
 )
 def test_what_no_client_sends_is_refused(message):
@@ -183,11 +191,8 @@ def test_the_minds_know_no_network_no_clock_no_chance_and_no_pickle():
 
 
 def sent(mind):
-    """What a mind has to say since it was last asked: [(peer, op, its other fields)]."""
-    said = [
-        (peer, message["op"], {k: v for k, v in message.items() if k != "op"})
-        for peer, message in mind.outbox
-    ]
+    """What a mind has to say since it was last asked: [(peer, op, {field: value})]."""
+    said = [(peer, message[0], fields_of(message)) for peer, message in mind.outbox]
     mind.outbox.clear()
     mind.validate()
     return said
@@ -277,11 +282,11 @@ class Scheduler(SchedulerMind):
             self.stimulus_register_worker(worker, f"name of {worker}", nthreads, [], [])
         self.outbox.clear()
 
-    def submit(self, key, *inputs, client="c", want=1, name=None, priority=0, **options):
+    def submit(self, key, *inputs, client="c", want=1, name=None, **options):
         """``inputs`` are wanted under the number 1, like everything else."""
-        inputs = [(i, 1) for i in inputs]
-        spec = (str(key).encode(),)
-        self.stimulus_submit(client, key, want, name or key, spec, inputs, priority, **options)
+        call = (key, want, name or key, (str(key).encode(),), [(i, 1) for i in inputs])
+        options = dict(priority=0, workers=(), loose=False, retries=0) | options
+        self.stimulus_submit(client, *call, *options.values())
 
     def release(self, *keys, client="c", want=1):
         self.stimulus_release_keys(client, [(key, want) for key in keys])
@@ -662,7 +667,7 @@ class Cluster:
         self.seen["clients"] += 1
         id = f"c{self.seen['clients']}"
         self.minds[id], self.held[id] = ClientMind(), []
-        self.post(id, SCHEDULER, {"op": "register-client", "id": id, "wants": []})
+        self.post(id, SCHEDULER, ["register-client", id, []])
 
     def a_client_submits(self, pick=0):
         for client in pick_from(self.ids("c"), pick):
@@ -841,7 +846,7 @@ class Cluster:
         self.now_us += pick % 25 * (1_000_000 if pick % 3 else 1_000)  # Seconds; or hardly any.
         for worker in self.ids("w"):
             if worker not in self.hung:
-                self.post(worker, SCHEDULER, {"op": "heartbeat"})
+                self.post(worker, SCHEDULER, ["heartbeat"])
         for id in [SCHEDULER] if pick % 2 else pick_from(self.ids("w"), pick):
             if id not in self.hung:
                 for worker in self.minds[SCHEDULER].workers if id == SCHEDULER else ():
@@ -881,8 +886,7 @@ class Cluster:
         free = [f"name {i}" for i in range(99) if f"name {i}" not in taken]
         self.names[id] = taken[0] if taken and pick % 9 == 5 else free[0]
         self.minds[id], self.stores[id], self.running[id] = WorkerMind(), {}, {}
-        fields = dict(id=id, name=self.names[id], nthreads=threads_of(id))
-        self.post(id, SCHEDULER, {"op": "register-worker", **fields, "values": [], "attempts": []})
+        self.post(id, SCHEDULER, ["register-worker", id, self.names[id], threads_of(id), [], []])
 
     def a_worker_dies(self, pick=0):
         for worker in pick_from(self.ids("w"), pick):
@@ -954,10 +958,10 @@ class Cluster:
         mind = self.minds[id]
         demand(the_books_balance, mind)
         for peer, message in mind.outbox:
-            self.seen[message["op"]] += 1
-            if message["op"] == "goodbye":
+            self.seen[message[0]] += 1
+            if message[0] == "goodbye":
                 self.taken_along += self.only_there(peer)
-            if message["op"] not in ("get-data", "put-data"):
+            if message[0] not in ("get-data", "put-data"):
                 if peer in self.minds:
                     self.post(id, peer, message)
             elif peer in self.minds and (id, peer) not in self.broken:
@@ -996,7 +1000,7 @@ class Cluster:
             getattr(self.minds[receiver], f"stimulus_{lost}")(sender)
         else:
             message = travel(message, "holder" if kind == "answer" else role)
-            self.handle(sender, receiver, message.pop("op"), message)
+            self.handle(sender, receiver, message[0], fields_of(message))
         if receiver in self.minds:
             self.flush(receiver)
 
@@ -1072,7 +1076,7 @@ class Cluster:
             status = "missing"
         elif type(value) is str:
             status, frames = "error", (value.encode(),)
-        return dict(op="data", key=name[0], attempt=name[1], status=status, value=frames)
+        return ["data", *name, status, frames]
 
     # The end.
 
@@ -1136,7 +1140,7 @@ def threads_of(worker):
 
 
 def stimulate(mind, op, peer, fields):
-    getattr(mind, "stimulus_" + op.replace("-", "_"))(peer, **fields)
+    getattr(mind, "stimulus_" + op.replace("-", "_"))(peer, *fields.values())
 
 
 def pick_from(options, pick):
@@ -1644,7 +1648,7 @@ def test_releases_on_a_stream_of_their_own_are_caught_if_wants_are_not_compared(
     plant(
         monkeypatch, SchedulerMind.wanted_by, "cs.wants_what.get(ts) == want", "ts in cs.wants_what"
     )
-    kind = '"releases" if message["op"] == "release-keys" else "stream"'
+    kind = '"releases" if message[0] == "release-keys" else "stream"'
     plant(
         monkeypatch,
         Cluster.flush,
@@ -1685,11 +1689,10 @@ def some_batches(draw):
     """(who sends them, batches of any messages that it may send)."""
     sender = draw(st.sampled_from(senders))
     messages = []
-    for op, (some, names, _) in minidist.OPS.items():
+    for op, (some, names, _) in OPS.items():
         if sender in some:
-            values = [of_kind(minidist.FIELDS[name]) for name in names[1:]]
-            made = st.tuples(st.just(op), *values)
-            messages.append(made.map(lambda values, names=names: dict(zip(names, values))))
+            values = [of_kind(minidist.FIELDS[name]) for name in names]
+            messages.append(st.tuples(st.just(op), *values).map(list))
     return sender, draw(few(few(st.one_of(messages))))
 
 
@@ -1729,7 +1732,7 @@ anything_in_json = st.recursive(
     | st.floats()
     | st.text()
     | st.sampled_from([*MESSAGES]),
-    lambda some: st.lists(some) | st.dictionaries(st.text() | st.sampled_from(["op", "key"]), some),
+    lambda some: st.lists(some) | st.dictionaries(st.text(), some),
 )
 
 
@@ -1737,7 +1740,8 @@ anything_in_json = st.recursive(
 @given(anything_in_json.map(lambda garbage: json.dumps(garbage).encode()) | st.binary())
 def test_garbage_is_a_protocol_error_and_nothing_else(header):
     with contextlib.suppress(ProtocolError):
-        assert read([minidist.PREFIX.pack(len(header), 0), header], "client") == [[]]
+        (batch,) = read([minidist.PREFIX.pack(len(header), 0), header], "client")
+        assert [travel(message, "client") for message in batch] == batch
 
 
 # ---- 6. Serialization ----
@@ -1989,7 +1993,7 @@ async def test_a_connection_that_is_cut_in_the_middle_of_a_frame_costs_no_result
         if worker.asked > 1:
             return await Worker.serve(worker, connection)
         await connection.receive()
-        value = dict(op="data", key="x", attempt=1, status="ok", value=(bytes(100_000),))
+        value = ["data", "x", 1, "ok", (bytes(100_000),)]
         connection.writer.write(b"".join(pack([value]))[:50_000])
 
     async def test(x):

@@ -172,7 +172,7 @@ RUN_SPEC = (b"function", b"arguments")
 def sent(mind, op):
     """Take the outbox, as a body does after each batch; give the messages with this op."""
     outbox, mind.outbox = mind.outbox, []
-    return [(peer, message) for peer, message in outbox if message["op"] == op]
+    return [(peer, message) for peer, message in outbox if message[0] == op]
 
 
 def scheduler_life(n):
@@ -188,7 +188,7 @@ def scheduler_life(n):
             mind.stimulus_submit("client", key, want, "noop", RUN_SPEC, [], 0)
         while computed := sent(mind, "compute-task"):
             for worker, message in computed:
-                mind.stimulus_task_finished(worker, message["attempt"], 16, "NoneType", 5, ())
+                mind.stimulus_task_finished(worker, message[2], 16, "NoneType", 5, ())
         for want, key in enumerate(keys):
             mind.stimulus_release_keys("client", [(key, want)])
         mind.outbox.clear()

@@ -1,11 +1,21 @@
 """Transcripts of the scheduler's mind for which the textbook has no room: one for each mechanism."""
 
+import inspect
 import sys
 from itertools import cycle
 
 import pytest
 
-from minidist import ALLOWED_FAILURES, LIMITS, SCHEDULER, ClientMind, WorkerMind
+from minidist import (
+    ALLOWED_FAILURES,
+    LIMITS,
+    MESSAGES,
+    OPS,
+    SCHEDULER,
+    ClientMind,
+    SchedulerMind,
+    WorkerMind,
+)
 from test_minidist import Scheduler, sent, travel
 
 
@@ -709,9 +719,22 @@ def test_who_looks_inside_gets_rows_of_facts():
     ]
 
 
+@pytest.mark.parametrize(
+    "mind, role", [(ClientMind, "client"), (SchedulerMind, "scheduler"), (WorkerMind, "worker")]
+)
+def test_a_stimulus_takes_the_fields_of_its_message_in_the_order_of_the_table(mind, role):
+    for op, line in MESSAGES.items():
+        stimulus = getattr(mind, "stimulus_" + op.replace("-", "_"), None)
+        receivers = line.partition(":")[0].partition(" > ")[2].replace("holder", "worker")
+        if stimulus and role in receivers:
+            _, _, *takes = inspect.signature(stimulus).parameters
+            takes = " ".join(takes).replace("options", "workers loose retries")
+            assert takes.split() == [name for name in OPS[op][1] if name != "id"], op
+
+
 def test_an_answer_travels_as_it_is():
-    answer = dict(op="answer", number=1, facts=[["tcp://1.2.3.4:5", {"nthreads": 2}]])
-    assert travel(dict(answer), "scheduler") == answer
+    answer = ["answer", 1, [["tcp://1.2.3.4:5", {"nthreads": 2}]]]
+    assert travel(answer, "scheduler") == answer
 
 
 def test_a_shutdown_says_good_bye_to_every_worker():
