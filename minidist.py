@@ -4322,7 +4322,8 @@ class Client(Threaded, Body):
         self._inbox = deque()  # (function, *arguments), to be called in the loop
         self._watchers = {}  # {FutureState: {called once it is settled: whether with its value}}
         self._answers = {}  # {number of a question: asyncio.Future of the answer}
-        self._numbers, self._workers = count(), {}
+        self._numbers, self._unique = count(), unique()
+        self._workers = {}  # what is known of them, by their addresses
         self._scheduler = None  # the Connection
         # The exception type and words that new calls get, before it is connected and at its end.
         self._refusal = (RuntimeError, "this client is not connected: await it first")
@@ -4612,13 +4613,17 @@ class Client(Threaded, Body):
             warnings.warn(f"{text}: scatter large arguments first", stacklevel=3)
         name = function[2]
         if key is None:
-            key = pure_key(name, run_spec) if pure else f"{name}-{unique()}"
+            key = pure_key(name, run_spec) if pure else self._new_key(name)
 
         return self._begin(self._submit_now, key, name, run_spec, futures, *options)
 
     def _submit_now(self, key, name, run_spec, futures, *options):
         inputs = [future._state for future in futures]
         return self.state.stimulus_submit(key, name, run_spec, inputs, *options)
+
+    def _new_key(self, name):
+        """A key that nobody has.  (The kernel is asked for chance once: it takes microseconds.)"""
+        return f"{name}-{self._unique}{next(self._numbers)}"
 
     def _begin(self, stimulus, key, *fields):
         """A Future; the inbox brings what makes its state to the loop.
@@ -4655,7 +4660,7 @@ class Client(Threaded, Body):
             frames = dump_part("what is scattered", item)
             if key is None:
                 name = type(item).__name__
-                key = pure_key(name, frames) if hash else f"{name}-{unique()}"
+                key = pure_key(name, frames) if hash else self._new_key(name)
             fields = (check_key(key), frames, sizeof(item), type_name(item), *options)
             return self._begin(self.state.stimulus_scatter, *fields)
 
