@@ -1062,7 +1062,7 @@ class SchedulerMind(Mind):
                 ts.dependencies = ts.dependencies or {}
                 dependency.dependents = dependency.dependents or {}
                 ts.dependencies[dependency] = dependency.dependents[ts] = None
-        elif ts.run_spec != run_spec:
+        elif ts.run_spec != run_spec and not ts.why:  # (Else its call is not known any more.)
             text = f"the key {key!r} is known with another call: that one's result is used"
             self.send(client, "warning", text)
         self.want(cs, ts, want)

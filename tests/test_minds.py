@@ -187,6 +187,8 @@ def test_what_was_made_from_data_that_was_let_go_becomes_data_and_remembers_why(
     s.release("d")
     assert s.states() == {"y": "memory"} and s.tasks["y"].run_spec == ()
     sent(s)
+    s.submit("y", want=2)
+    assert [op for _, op, _ in sent(s)] == ["key-in-memory"], "and no warning of another call"
     s.stimulus_worker_left("w")
     (cancelled,) = told(s, "c", "key-cancelled")
     assert "it was made from 'd', which was let go" in cancelled["text"]
