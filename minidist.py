@@ -2652,6 +2652,7 @@ class Connection:
         self.writer = None  # until hands were shaken
         self.writing = None  # the task that writes what one turn of the loop could not
         self.following = None  # the task that reads, if whoever made this connection started one
+        self.heard = False  # whether a byte has come since somebody last looked
         self.loop = asyncio.get_running_loop()
 
     async def connect(self, address, role, worker=""):
@@ -2676,9 +2677,15 @@ class Connection:
             writer.close()
             raise
         self.reader, self.writer = reader, writer
+        reader.feed_data = functools.partial(self.feed, reader.feed_data)
         for level, option, value in KEEPALIVE:
             writer.get_extra_info("socket").setsockopt(level, option, value)
         self.flush()
+
+    def feed(self, feed_data, data):
+        """The transport brings bytes: maybe a part of a batch, which may take long to be whole."""
+        self.heard = True
+        feed_data(data)
 
     def send(self, message):
         """[3] Append to the outbox; it is flushed at the end of the current turn of the loop.
@@ -3446,11 +3453,16 @@ class Scheduler(Body):
     async def tell_time(self):
         """The mind has no clock; it is told the time often enough to miss who is silent.
 
-        By the monotonic clock: the time of day may be set back, or forward by an hour, and then
-        every worker would have been silent for too long.
+        The time that this process has lived through, and no clock's: while it was stopped itself
+        (Ctrl-Z, a laptop that sleeps) nobody could be heard.  Each byte is a sign of life: on a
+        slow link, a heartbeat may wait behind megabytes.
         """
-        while True:
-            self.stimulate("time-passes", time.monotonic_ns() // 1000)
+        for ticks in count():
+            for worker in [peer for peer, link in self.links.items() if link.heard]:
+                self.links[worker].heard = False
+                if worker in self.state.workers:
+                    self.stimulate("heartbeat", worker)
+            self.stimulate("time-passes", ticks * self.state.ttl_us // 4)
             self.flush()
             await asyncio.sleep(self.state.ttl_us / 4_000_000)
 

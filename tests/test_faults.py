@@ -321,6 +321,36 @@ def test_what_was_made_from_lost_data_and_is_held_elsewhere_stays_readable(sched
         assert elsewhere.result(30) == b"x" * 100_000
 
 
+def test_a_worker_whose_heartbeat_waits_on_a_slow_link_lives_until_no_byte_comes():
+    async def main():
+        async with minidist.Scheduler(worker_ttl=0.2) as s:
+            slow = minidist.Connection()
+            await slow.connect(s.address, "worker")
+            slow.send(["register-worker", "tcp://1.2.3.4:5#slow", "slow", 1, [], []])
+            await slow.receive()
+            for byte in b"".join(minidist.pack([["heartbeat"]]))[:12]:
+                slow.writer.write(bytes([byte]))
+                now_us = s.state.now_us
+                await until(lambda: s.state.now_us > now_us)
+            assert s.state.now_us > 2 * s.state.ttl_us
+            assert [ws.name for ws in s.state.workers.values()] == ["slow"]
+            await until(lambda: not s.state.workers)
+            slow.hang_up()
+
+    asyncio.run(main())
+
+
+def test_a_scheduler_that_was_stopped_itself_takes_nobody_for_dead():
+    async def main():
+        async with minidist.Scheduler(worker_ttl=0.2) as s, Worker(s.address, 1) as a:
+            time.sleep(0.5)  # Not asyncio's: nothing of this process goes on.
+            now_us = s.state.now_us
+            await until(lambda: s.state.now_us > now_us)
+            assert [*s.state.workers] == [a.id]
+
+    asyncio.run(main())
+
+
 def test_what_only_a_vanished_client_wanted_is_freed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
