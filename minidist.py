@@ -3485,8 +3485,7 @@ class Scheduler(Body):
                 with contextlib.suppress(TimeoutError):  # How it ended says more.
                     how = [await asyncio.wait_for(describe_exit(process), 5)]
             elif process and not self.state.named([name]):  # Else it was another of that name.
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()  # It was silent for too long.
+                send_signal(process, signal.SIGKILL)  # It was silent for too long.
         finally:
             how = [f"{text} at {time.strftime('%H:%M:%S')}" for text in how]
             self.stimulate(f"{connection.peer}-left", peer, *how)
@@ -5352,14 +5351,21 @@ async def worker_process(*arguments, ended_by):
     try:
         yield process
     finally:
-        # Not ``send_signal``: before 3.13 that takes the exit code of a process that has just ended,
-        # and the loop then looks for it in vain (CPython's gh-87744).
-        with contextlib.suppress(ProcessLookupError):
-            if process.returncode is None:
-                os.kill(process.pid, ended_by)
+        send_signal(process, ended_by)
         await process.wait()
         with contextlib.suppress(OSError):  # What its tasks have started, if anything is left.
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def send_signal(process, number):
+    """Send a signal to a process, if it is still there.
+
+    ``process.send_signal``, before Python 3.13, takes the exit code of one that has just ended, for
+    which the loop then looks in vain (CPython's gh-87744).
+    """
+    with contextlib.suppress(ProcessLookupError):
+        if process.returncode is None:
+            os.kill(process.pid, number)
 
 
 async def describe_exit(process):
