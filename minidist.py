@@ -601,10 +601,11 @@ class ClientMind(FetchingMind):
         stays short.  Returns the FutureState.
         """
         if state := self.known(key):
-            if broadcast and self.current(key, state.want):
+            if broadcast and state.status != "error":
                 # It may be on one worker only.  That is a new want: should it have been lost or
                 # cancelled meanwhile, then this client gives it once more.
-                state.want, state.data = self.next_want(), data
+                self.wanted.pop((key, state.attempt), None)
+                state.want, state.data, state.value = self.next_want(), data, ()
                 self.become(state, "pending")
                 self.send(SCHEDULER, "scatter", key, state.want, nbytes, type, workers, True)
             return state

@@ -1151,6 +1151,13 @@ async def each_item_of_a_broadcast_list_is_on_every_worker(client):
     return [await holders(client, future) for future in futures]
 
 
+@program("scatter", gives=["alice", "bob"])
+async def data_that_was_gathered_is_broadcast_all_the_same(client):
+    kept = await client.scatter(28)
+    await client.gather(kept)
+    return await holders(client, await client.scatter(28, broadcast=True))
+
+
 @program("scatter", gives=["alice", "alice", "bob", "bob"])
 async def items_go_to_one_worker_after_the_other(client):
     futures = await client.scatter([100, 101, 102, 103])
