@@ -949,8 +949,7 @@ class WorkerState:
     queue: "HeapSet | None" = None  # what waits for this very worker
     nbytes: int = 0  # sum over has_what
     occupancy: int = 0  # microseconds of work, sent or queued
-    short_us: int = 0  # of it: sent, and known to be short
-    long: int = 0  # how many attempts are not known to be short
+    taken_us: int = 0  # how much of its room is: by each attempt, ROOM_US at most
     load: int = 0  # which of SchedulerMind.by_load it stands in
     # Why it is sent less, or nothing:
     alone: bool = False  # what runs there is a suspect, beside which nothing is sent
@@ -1956,22 +1955,19 @@ class SchedulerMind(Mind):
         """Enter an attempt into a worker's books, or strike it out; find the worker's load.
 
         ``sign`` is +1, -1, or 0 where only the load may be another.  An attempt counts with what
-        its function was known to take when it was sent, however long it takes in the end.  Those
-        not known to be short have no place in the room: each takes that of one thread away.
-        Beside a suspect, and on a worker that is late, there is none.
+        its function was known to take when it was sent, however long it takes in the end.  So much
+        it takes of the room, too; if it is not known to be short, then all that a thread has.
+        Beside a suspect, and on a worker that is late, there is no room.
         """
         ws.occupancy += sign * duration_us
-        if duration_us <= ROOM_US:
-            ws.short_us += sign * duration_us
-        else:
-            ws.long += sign
-        room_us = 0 if ws.alone or ws.late else ROOM_US * (ws.nthreads - ws.long)
+        ws.taken_us += sign * min(duration_us, ROOM_US)
+        room_us = 0 if ws.alone or ws.late else ws.nthreads * ROOM_US
         if ws.leaving is not None:
             load = LEAVING
         elif len(ws.processing) < ws.nthreads and not ws.alone:
             load = FREE if ws.processing else EMPTY
         else:
-            load = ROOM if ws.short_us < room_us else FULL
+            load = ROOM if ws.taken_us < room_us else FULL
         if load != ws.load:
             del self.by_load[ws.load][ws]
             ws.load = load
@@ -2238,8 +2234,7 @@ class SchedulerMind(Mind):
         durations = [duration_us for _, duration_us in ws.processing.values()]
         assert ws.nbytes == sum(ts.nbytes for ts in ws.has_what), ws
         assert ws.occupancy == sum(durations) + sum(ts.estimate_us for ts in ws.queue), ws
-        assert ws.short_us == sum(d for d in durations if d <= ROOM_US), ws
-        assert ws.long == sum(d > ROOM_US for d in durations), ws
+        assert ws.taken_us == sum(min(d, ROOM_US) for d in durations), ws
         assert (ws.load == LEAVING) == (ws.leaving is not None), ws
         assert (ws.load == EMPTY) == (not ws.processing and ws.leaving is None), ws
         assert not ws.alone or (ws.load >= FULL and len(ws.processing) == 1), ws

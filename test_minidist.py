@@ -57,6 +57,7 @@ from minidist import (
     BYTES_PER_US,
     MESSAGES,
     OPS,
+    ROOM_US,
     SCHEDULER,
     TRANSFER_US,
     Client,
@@ -1272,7 +1273,7 @@ def capacity(cluster):
     """
     scheduler = cluster.minds[SCHEDULER]
     for ws in scheduler.workers.values():
-        assert ws.long <= 2 * ws.nthreads, ws
+        assert sum(d > ROOM_US for _, d in ws.processing.values()) <= 2 * ws.nthreads, ws
         assert len(cluster.running.get(ws.id, ())) <= ws.nthreads, ws
         suspects = [ts for n, (ts, _) in ws.processing.items() if ts.suspect and ts.attempt == n]
         assert not suspects or len(ws.processing) == 1, ws
