@@ -1486,7 +1486,7 @@ class SchedulerMind(Mind):
             return "waiting"
         if not (ts.run_spec or ts.givers):
             return "waiting"  # Lost data: those who want it are being told.
-        if not self.staying or (ts.restrictions and self.allowed(ts) == {}):
+        if not self.allowed(ts):
             return "no-worker"
         return "queued" if ts.run_spec else "processing"
 
@@ -1565,8 +1565,7 @@ class SchedulerMind(Mind):
             self.crowded.move_to_end(victim)  # Next time others are looked at.
             ts = victim.queue.peek()
             waiting_us = (victim.occupancy - ts.estimate_us) // victim.nthreads
-            allowed = self.allowed(ts)
-            if (allowed is None or ws in allowed) and not any(d.stuck for d in ts.dependencies):
+            if ws in self.allowed(ts) and not any(d.stuck for d in ts.dependencies):
                 if self.has_room(ws, ts) and self.start_us(ts, ws) < waiting_us:
                     return ts
         return None
@@ -1624,14 +1623,14 @@ class SchedulerMind(Mind):
         return ws
 
     def allowed(self, ts):
-        """The workers that may run ``ts``, as an ordered set; None: any.
+        """The workers that may run ``ts``, as an ordered set: those that it names, or all.
 
         An empty set says that none may, for now: such a task is in "no-worker".
         """
         if not ts.restrictions:
-            return None
+            return self.staying
         some = {ws: None for name in ts.restrictions for ws in self.called.get(name, ())}
-        return None if ts.loose and not some else some
+        return self.staying if ts.loose and not some else some
 
     def decide_worker(self, ts):
         """The worker on which ``ts`` (with inputs or restrictions, or a suspect) would start first.
@@ -1649,7 +1648,7 @@ class SchedulerMind(Mind):
         there is none), and holders of inputs.
         """
         some = self.allowed(ts)
-        if some is None:
+        if some is self.staying:
             some = {self.least_loaded(FULL, fits): None}
             for dependency in ts.dependencies:
                 if len(some) <= LIMITS["holders"]:
@@ -1713,7 +1712,7 @@ class SchedulerMind(Mind):
         all of them from taking anything else.
         """
         ts.queue = self.queue
-        if ts.dependencies or ts.suspect or self.allowed(ts) is not None:
+        if ts.dependencies or ts.suspect or self.allowed(ts) is not self.staying:
             ws = self.decide_worker(ts)
             ts.queue, ts.estimate_us = ws.queue, self.estimate(ts)
             ws.occupancy += ts.estimate_us
@@ -2000,8 +1999,7 @@ class SchedulerMind(Mind):
         any client is left that has the data, the task comes by here again, with another attempt
         and perhaps another worker.  So what comes late of the old one is stale, and freed.
         """
-        allowed = self.allowed(ts)
-        ts.processing_on = ws = self.next_holder(allowed and allowed.__contains__)
+        ts.processing_on = ws = self.next_holder(self.allowed(ts).__contains__)
         ws.arriving[ts.attempt] = ts
         cs = next(iter(ts.givers))
         self.send(cs.id, "put", ts.key, cs.wants_what[ts], ts.attempt, ws.id)
@@ -2028,9 +2026,8 @@ class SchedulerMind(Mind):
         the copies under way, so who has got it gives it further, and the first one's network does
         not have to carry them all.
         """
-        allowed, have_it = self.allowed(ts), {*ts.who_has, *dict(ts.copying).values()}
-        some = self.staying if allowed is None else allowed
-        ts.targets = [ws for ws in some if ws not in have_it]
+        have_it = {*ts.who_has, *dict(ts.copying).values()}
+        ts.targets = [ws for ws in self.allowed(ts) if ws not in have_it]
         self.copy_further(ts)
 
     def copy_further(self, ts):
@@ -2193,7 +2190,7 @@ class SchedulerMind(Mind):
         # and goes first; and only who may not run anywhere has no worker.
         head = self.queue.peek()
         assert head is None or self.room_for(head) is None, head
-        assert all(not self.staying or self.allowed(ts) == {} for ts in self.unrunnable)
+        assert not any(self.allowed(ts) for ts in self.unrunnable)
 
     def validate_task(self, ts):
         # T1. A field owned by a state is set in exactly that state.

@@ -1293,9 +1293,8 @@ def worth_stealing(scheduler, ts, victim, ws):
     moving_us = TRANSFER_US + sum(missing) // BYTES_PER_US if missing else 0
     here_us = (victim.occupancy - ts.estimate_us) // victim.nthreads
     there_us = moving_us + ws.occupancy // ws.nthreads
-    allowed = scheduler.allowed(ts)
     bound = ts.suspect or any(d.stuck for d in ts.dependencies)
-    return (allowed is None or ws in allowed) and not bound and there_us < here_us
+    return ws in scheduler.allowed(ts) and not bound and there_us < here_us
 
 
 def agreement(cluster):
