@@ -954,7 +954,7 @@ class WorkerState:
     # Why it is sent less, or nothing:
     alone: bool = False  # what runs there is a suspect, beside which nothing is sent
     late: bool = False  # it gave back what had waited too long behind something that still runs
-    leaving: "dict[TaskState, None] | None" = None  # what is being copied before it goes
+    leaving: "list[TaskState] | None" = None  # it is, and these are copied first: see ``may_go``
 
     @property
     def address(self):
@@ -1300,7 +1300,7 @@ class SchedulerMind(Mind):
         messages that follow this one; what was sent to it meanwhile does, too.
         """
         ws = self.workers[worker]
-        ws.leaving = {}
+        ws.leaving = []
         self.account(ws, 0, 0)
         self.withdraw(ws)
         self.settle()
@@ -1528,6 +1528,8 @@ class SchedulerMind(Mind):
     def may_go(self):
         """A worker that leaves, and of which nothing is being copied any more, or None."""
         for ws in self.by_load[LEAVING]:
+            while ws.leaving and not ws.leaving[-1].copying:
+                ws.leaving.pop()  # The copy is there; or it failed, or is not needed any more.
             # Others may have come or gone since it was last looked at what only this one has.
             if not ws.leaving:
                 self.hand_over(ws)
@@ -2039,8 +2041,7 @@ class SchedulerMind(Mind):
     def end_arrival(self, ts, attempt):
         """A put or a copy is there, or it failed, or its worker is gone.
 
-        After the last copy, whoever wants the value is told who holds it now, and a worker that
-        leaves is looked at again: if the value is still on it alone, there is another copy.
+        After the last copy, whoever wants the value is told who holds it now.
         """
         self.mark(ts)
         if ts.attempt == attempt:
@@ -2050,9 +2051,6 @@ class SchedulerMind(Mind):
         del ts.copying.pop(attempt).arriving[attempt]
         self.copy_further(ts)
         if not ts.copying:
-            for ws in ts.who_has:
-                if ws.leaving:
-                    ws.leaving.pop(ts, None)
             for cs in list(ts.who_wants):
                 self.tell(cs, ts)
 
@@ -2060,13 +2058,14 @@ class SchedulerMind(Mind):
         """Copy what ``ws`` holds and none that stays, as long as there is one that could have it.
 
         ``ws.leaving`` holds what is being copied; when it is empty, and nothing more is found here,
-        the worker may go.  A value that is computed, or copied, there meanwhile is found too.
+        the worker may go.  A value that is computed, or copied, there meanwhile is found too; and
+        one whose copy has failed is found again.
         What others could not fetch from it is given up: a broken link must not keep it for ever.
         """
         for ts in ws.has_what:
             alone = not any(holder in self.staying for holder in ts.who_has)
             if alone and self.staying and not ts.stuck:
-                ws.leaving[ts] = None
+                ws.leaving.append(ts)
                 if not ts.copying:
                     self.copy(ts, self.next_holder())
 
@@ -2090,8 +2089,6 @@ class SchedulerMind(Mind):
         del ts.who_has[ws]
         del ws.has_what[ts]
         ws.nbytes -= ts.nbytes
-        if ws.leaving:
-            ws.leaving.pop(ts, None)
         if not ts.who_has:
             ts.stuck = False
             self.mark(ts)
@@ -2236,11 +2233,11 @@ class SchedulerMind(Mind):
         assert (ws.load == EMPTY) == (not ws.processing and ws.leaving is None), ws
         assert not ws.alone or (ws.load >= FULL and len(ws.processing) == 1), ws
         assert [ws in group for group in self.by_load] == [i == ws.load for i in range(5)], ws
-        # W2. What arrives is a put or a copy; what is handed over is here, and being copied.
+        # W2. What arrives is a put or a copy; who leaves waits for one that is under way.
         for attempt, ts in ws.arriving.items():
             put = ts.attempt == attempt and ts.processing_on is ws
             assert put or dict(ts.copying).get(attempt) is ws, ws
-        assert all(ts in ws.has_what and ts.copying for ts in ws.leaving or ()), ws
+        assert not ws.leaving or ws.leaving[-1].copying, ws
         # W3. No thread is idle while something waits for it, but for a suspect to run alone.
         # (Room for a further, short one may go unnoticed for a while, when it is another worker
         # that measures how short it is.)
