@@ -1025,7 +1025,6 @@ class SchedulerMind(Mind):
         self.now_us, self.ttl_us = 0, ttl_us
         self.losses = {}  # {key of data: how it was lost}, for who has not heard of that yet
         self.news = []  # who came and went, and why, in words: for the body to log
-        self.complaints = {}  # {(ClientState, TaskState): why it cannot fetch the only copy}
         # Wants what no user waits for, and lets go when it has ended.
         self.keeper = ClientState("fire-and-forget", {})
 
@@ -1183,23 +1182,24 @@ class SchedulerMind(Mind):
 
         It always gets an answer: who holds the value now, or the notice of a loss, which may cross
         this message.  What can be computed again is (``strike``).  Of data that this client cannot
-        reach, a copy is made where it can perhaps.  If there is no other worker, or that was of no
-        use, a *complaint* is kept, and becomes an error when the holder gives a sign of life.  If
-        it is dead instead, what there is to tell is the loss.
+        reach, a copy is made where it can perhaps; and one for the holder itself, which gives that
+        back at once if it is alive.  If it is dead without our knowing it, there will be the loss
+        to tell, and not the link.  After some such rounds the fetch errs.
         """
         cs = self.clients[client]
         ts = self.wanted_by(cs, key, want)
         # Otherwise it was let go meanwhile; or lost or made again, and that notice is under way.
         if ts is not None and ts.state == "memory" and ts.attempt == attempt:
             self.strike(ts, holders)
-            target = self.next_holder(lambda ws: ws not in ts.who_has)
-            if ts.stuck and (target is None or ts.misses > ALLOWED_FAILURES):
-                # Its holder may be dead, without our knowing it yet: then there is more to say.
-                self.complaints[cs, ts] = f"{key!r} could not be fetched from {', '.join(holders)}"
+            if ts.copying or not ts.stuck:
+                self.tell(cs, ts)  # While copies are under way, after the last of them.
+            elif ts.misses > ALLOWED_FAILURES:
+                text = f"{key!r} could not be fetched from {', '.join(holders)}"
+                self.send(client, "key-erred", key, want, (), "ConnectionError", text)
             else:
-                if ts.stuck and not ts.copying:
-                    self.copy(ts, target)  # The client will be told of that one.
-                self.tell(cs, ts)
+                self.copy(ts, next(iter(ts.who_has)))
+                if other := self.next_holder(lambda ws: ws not in ts.who_has):
+                    self.copy(ts, other)
         self.settle()
 
     def stimulus_query(self, client, number, what, keys):
@@ -1270,18 +1270,8 @@ class SchedulerMind(Mind):
         self.settle()
 
     def stimulus_heartbeat(self, worker):
-        """It lives: what could not be fetched from it, and is nowhere else, cannot be had.
-
-        It is alive for us, and cannot be reached by somebody else: so the link between those two is
-        broken.  Had it been dead, the client would have to hear of the loss, and not of the link.
-        """
-        ws = self.workers[worker]
-        ws.seen_us = self.now_us
-        for (cs, ts), text in list(self.complaints.items()):
-            if ws in ts.who_has:
-                del self.complaints[cs, ts]
-                want = cs.wants_what[ts]
-                self.send(cs.id, "key-erred", ts.key, want, (), "ConnectionError", text)
+        """A worker gives a sign of life."""
+        self.workers[worker].seen_us = self.now_us
 
     def stimulus_time_passes(self, now_us):
         """What the time is, every now and then: who was silent for too long is dead."""
@@ -1869,7 +1859,6 @@ class SchedulerMind(Mind):
 
     def let_go(self, cs, ts):
         """A client wants a task no more; and gives its data no more, if it did."""
-        self.complaints.pop((cs, ts), None)
         del cs.wants_what[ts]
         del ts.who_wants[cs]
         self.mark(ts)
@@ -2070,7 +2059,7 @@ class SchedulerMind(Mind):
                     self.copy(ts, self.next_holder())
 
     def add_replica(self, ts, ws):
-        """``ws`` holds the value, which can be fetched there: so who complained is told."""
+        """``ws`` holds the value, which can be fetched there."""
         if ws not in ts.who_has:
             ts.who_has = ts.who_has or {}
             ts.who_has[ws] = ws.has_what[ts] = None
@@ -2080,9 +2069,6 @@ class SchedulerMind(Mind):
             if ts.stuck:
                 ts.stuck = False
                 self.changed |= ts.who_has  # What waits there may be stolen now.
-                for cs in [cs for cs, about in self.complaints if about is ts]:
-                    del self.complaints[cs, ts]
-                    self.tell(cs, ts)
 
     def remove_replica(self, ts, ws):
         """``ws`` holds the value no more.  The last one gone, it is lost or was let go."""
@@ -2149,7 +2135,6 @@ class SchedulerMind(Mind):
         elif ts.state == "erred":
             self.send(cs.id, "key-erred", ts.key, want, *ts.error)
         elif ts.state == "memory" and ts.who_has and not ts.copying:
-            self.complaints.pop((cs, ts), None)
             news = (ts.attempt, ts.nbytes, ts.type, self.holders(ts), ts.value)
             self.send(cs.id, "key-in-memory", ts.key, want, *news)
 
@@ -2182,7 +2167,6 @@ class SchedulerMind(Mind):
         called = {(alias, ws) for alias, some in self.called.items() for ws in some}
         assert {*self.staying} == {ws for ws in workers if ws.leaving is None}
         assert called == {(alias, ws) for ws in self.staying for alias in ws.aliases()}
-        assert all(ts in cs.wants_what and ts.stuck for cs, ts in self.complaints)
         # S3. No worker is free for what waits in the common queue, unless for what waits in its own
         # and goes first; and only who may not run anywhere has no worker.
         head = self.queue.peek()

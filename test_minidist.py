@@ -1100,12 +1100,9 @@ class Cluster:
         for _ in range(3_000 + 300 * len(self.calls) * len(self.minds)):
             if not self.something_moves(choose.randrange(10**6)):
                 called = {"name 0"} | {w for call in self.calls.values() for w in call.workers}
-                if self.minds[SCHEDULER].complaints:
-                    self.time_passes(pick=1)
-                elif called <= {self.names[w] for w in self.ids("w")}:
+                if called <= {self.names[w] for w in self.ids("w")}:
                     return
-                else:
-                    self.a_worker_joins()
+                self.a_worker_joins()
             for promise in ALWAYS:
                 demand(promise, self)
             self.news.clear(), self.vain.clear()
@@ -1316,7 +1313,7 @@ def agreement(cluster):
         assert wants == {key: state.want for key, state in futures.items()}, id
         for ts in cs.wants_what:
             state, word = futures[ts.key], {"memory": "finished", "erred": "error"}.get(ts.state)
-            if not state.final and (cs, ts) not in scheduler.complaints:
+            if not state.final:
                 assert state.status == (word or "pending"), (id, state, ts)
                 assert state.status != "finished" or state.attempt == ts.attempt, (id, state)
 

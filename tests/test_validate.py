@@ -199,7 +199,7 @@ NEITHER = {  # {reason: fields}
         SchedulerMind.news""",
     "it tells what has happened, which leaves no trace elsewhere": """
         SchedulerMind.story ClientMind.story WorkerMind.story SchedulerMind.durations SchedulerMind.losses
-        ClientMind.left WorkerMind.left SchedulerMind.complaints TaskState.misses TaskState.deaths
+        ClientMind.left WorkerMind.left TaskState.misses TaskState.deaths
         TaskState.stuck TaskState.lost TaskState.why WorkerState.late WorkerState.seen_us
         Attempt.ready_us FutureState.text""",
     "it is a supply of numbers, a clock, or a constant": """
