@@ -1316,21 +1316,20 @@ class SchedulerMind(Mind):
             return  # It was refused, or declared dead before its connection was lost.
         departed = f"{worker} ({ws.name}): {how}"
         self.news.append(f"Worker {worker} ({ws.name}) left: {how}")
-        del self.by_load[ws.load][ws]
         self.withdraw(ws)
         for peer in (*self.workers, *self.clients):
             self.send(peer, "worker-left", worker)
-        for attempt, (ts, _) in ws.processing.items():
-            if ts.attempt == attempt:
-                ts.processing_on = None
-                self.mark(ts)
-                if ws.leaving is None:
-                    self.suspect(ts, departed, blamed=len(ws.processing) == 1)
+        alone = len(ws.processing) == 1
+        for attempt in list(ws.processing):
+            ts, current = self.end_attempt(ws, attempt)
+            if current and ws.leaving is None:
+                self.suspect(ts, departed, blamed=alone)
         for ts in list(ws.has_what):
             self.remove_replica(ts, ws)
             ts.lost = "" if ts.who_has else departed
         for attempt, ts in list(ws.arriving.items()):
             self.end_arrival(ts, attempt)
+        del self.by_load[ws.load][ws]
         self.changed.pop(ws, None)
 
     def suspect(self, ts, departed, blamed):
@@ -1361,7 +1360,6 @@ class SchedulerMind(Mind):
         worth knowing also of an attempt that was abandoned.
         """
         ws = self.workers[worker]
-        ws.late = False
         ts, current = self.end_attempt(ws, attempt)
         average = self.durations.get(ts.name, duration_us)
         self.durations[ts.name] = (average + duration_us) // 2
@@ -1380,9 +1378,7 @@ class SchedulerMind(Mind):
         While it has retries it has no error, and so is what it was before: a task that can run.  Of
         an attempt that was abandoned, nobody wants to know how it ended.
         """
-        ws = self.workers[worker]
-        ws.late = False
-        ts, current = self.end_attempt(ws, attempt)
+        ts, current = self.end_attempt(self.workers[worker], attempt)
         if current and ts.retries:
             ts.retries -= 1
         elif current:
@@ -1395,11 +1391,11 @@ class SchedulerMind(Mind):
         ``misses`` says which inputs it could not have, and who was asked.  What happens next is
         ordinary placement.  A copy is an attempt that is returned as soon as its input is there.
 
-        Without a miss, a current attempt was given back because it would have begun *late*: what
-        runs on that worker takes longer than its function did before.  Until something ends there,
-        and we know better, that worker gets one task for each thread; else what came back would be
-        sent into the same queue again.  (The same if it was sent early, or if an input was freed
-        there meanwhile: to be careful costs little.)
+        Without a miss, an attempt was given back because it would have begun *late*: what runs on
+        that worker takes longer than its function did before.  Until something ends there, and we
+        know better, that worker gets one task for each thread; else what came back would be sent
+        into the same queue again.  (The same if nobody needed it, if it was sent early, or if an
+        input was freed there meanwhile: to be careful costs little.)
         """
         ws, missed = self.workers[worker], ""
         for key, number, holders in misses:
@@ -1414,9 +1410,7 @@ class SchedulerMind(Mind):
             ts.stuck = ts.stuck or not (misses or ws in ts.who_has or ws.leaving is not None)
             self.end_arrival(ts, attempt)
         elif attempt in ws.processing:  # Else a copy that nobody needs any more.
-            ts = ws.processing[attempt][0]
-            ws.late = ws.late or (not misses and ts.attempt == attempt)
-            ts, current = self.end_attempt(ws, attempt)
+            ts, current = self.end_attempt(ws, attempt, late=ws.late or not misses)
             if current and missed:
                 self.miss(ts, missed)
         self.settle()
@@ -1926,7 +1920,7 @@ class SchedulerMind(Mind):
         ts.processing_on = ws
         self.transition(ts, "processing")
 
-    def end_attempt(self, ws, attempt):
+    def end_attempt(self, ws, attempt, late=False):
         """An attempt's one end.  Returns its task, and whether the attempt was not abandoned.
 
         Abandoned: its task was let go, and perhaps wanted again, which makes another attempt.  Its
@@ -1934,6 +1928,7 @@ class SchedulerMind(Mind):
         """
         ts, duration_us = ws.processing.pop(attempt)
         ws.alone = False  # If it was: nothing was sent beside it.
+        ws.late = late
         self.account(ws, duration_us, -1)
         current = ts.attempt == attempt
         if current:
