@@ -647,10 +647,7 @@ class ClientMind(FetchingMind):
         for state in states:
             if self.futures.get(state.key) is state:
                 self.send(SCHEDULER, "cancel-keys", [(state.key, state.want)], force)
-                self.let_go(state)
-                if not state.value:
-                    state.exception = ()
-                    self.become(state, "cancelled", "it was cancelled here")
+                self.let_go(state, "it was cancelled here", kept=bool(state.value))
 
     def stimulus_retry(self, states):
         """The user wants tasks that failed once more: each is a new want.
@@ -678,10 +675,8 @@ class ClientMind(FetchingMind):
         # A cancelled state left the table before: it is let go silently, and what bears its key
         # now is another want.
         if not state.count and self.futures.get(state.key) is state:
-            self.let_go(state)
+            self.let_go(state, "its last future was released", kept=state.final)
             self.send_name(SCHEDULER, "release-keys", (state.key, state.want))
-            if not state.final:
-                self.become(state, "cancelled", "its last future was released")
 
     def stimulus_ask(self, states):
         """Somebody waits for these values: fetch what did not come along with its notice.
@@ -741,9 +736,7 @@ class ClientMind(FetchingMind):
         """
         state = self.futures.get(key)
         if state is not None and state.want == want:
-            self.let_go(state)
-            if not state.final:
-                self.become(state, "cancelled", text)
+            self.let_go(state, text, kept=state.final)
 
     def stimulus_scheduler_left(self, text):
         """The stream ended: nothing that is not here yet will come.
@@ -778,10 +771,15 @@ class ClientMind(FetchingMind):
         self.wants += 1
         return self.wants
 
-    def let_go(self, state):
-        """It is not wanted any more; if its value is under way, that comes in vain."""
+    def let_go(self, state, text, kept):
+        """It is not wanted any more; if its value is under way, that comes in vain.
+
+        Unless what it has become is ``kept``, it is cancelled from now on, and ``text`` says why.
+        """
         del self.futures[state.key]
         self.wanted.pop((state.key, state.attempt), None)
+        if not kept:
+            self.become(state, "cancelled", text)
 
     def become(self, state, status, text=""):
         """What users see changes.  Data that has a place, or needs none, is not kept here."""
