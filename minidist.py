@@ -2010,11 +2010,11 @@ class SchedulerMind(Mind):
         the copies under way, so who has got it gives it further, and the first one's network does
         not have to carry them all.
         """
-        have_it = {*ts.who_has, *dict(ts.copying).values()}
-        ts.targets = [ws for ws in self.allowed(ts) if ws not in have_it]
+        ts.targets = list(self.allowed(ts))
         self.copy_further(ts)
 
     def copy_further(self, ts):
+        """Send the next copies of a broadcast; who has the value, or is gone, is passed by."""
         while ts.targets and len(ts.copying) < len(ts.who_has):
             ws = ts.targets.pop()
             if ws in self.staying and ws not in ts.who_has:
