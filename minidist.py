@@ -2452,10 +2452,6 @@ class WorkerMind(FetchingMind):
     def size(self):
         return len(self.attempts)
 
-    def leave_waiting(self, attempt):
-        """Its inputs are here, or it does not need them any more."""
-        attempt.waiting_for = ()
-
     def enter_ready(self, attempt):
         """All inputs are here."""
         self.ready.push(attempt)
