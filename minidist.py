@@ -332,7 +332,8 @@ class Mind:
 
     TRANSITIONS = {}  # {(start, finish): (method that leaves, method that enters)}: every edge
 
-    def __init__(self):
+    def __init__(self, first_number=1):
+        self.number = first_number  # of the next thing that it makes
         self.outbox = []  # [(peer, message)], to be sent by the body
         self.marked = {}  # an ordered set of records that may not be what they should be
         self.story = deque(maxlen=LIMITS["story"])  # (key, start, finish, attempt, worker)
@@ -340,6 +341,11 @@ class Mind:
             edge: (getattr(self, leave, None), getattr(self, enter))
             for edge, (leave, enter) in self.TRANSITIONS.items()
         }
+
+    def next_number(self):
+        """Whoever makes a thing numbers it: the client a want, the scheduler an attempt."""
+        self.number += 1
+        return self.number - 1
 
     def send(self, peer, op, *values):
         """Leave a message for a peer: ``values`` are the op's fields, in the order of MESSAGES."""
@@ -562,7 +568,6 @@ class ClientMind(FetchingMind):
         super().__init__()
         self.futures = {}  # {key: FutureState}: what is wanted now
         self.puts = {}  # {FutureState: (worker, attempt)}: where its data is being put
-        self.wants = 0  # the number of the last want
         self.news = []  # FutureStates that changed, for the body to wake who waits for them
 
     def stimulus_submit(
@@ -580,7 +585,7 @@ class ClientMind(FetchingMind):
         """
         if state := self.known(key):
             return state
-        state = FutureState(key, self.next_want())
+        state = FutureState(key, self.next_number())
         for i in inputs:
             if self.futures.get(i.key) is not i:
                 # Cancelled inputs have left the table: nothing can be computed from them.
@@ -605,11 +610,11 @@ class ClientMind(FetchingMind):
                 # It may be on one worker only.  That is a new want: should it have been lost or
                 # cancelled meanwhile, then this client gives it once more.
                 self.wanted.pop((key, state.attempt), None)
-                state.want, state.data, state.value = self.next_want(), data, ()
+                state.want, state.data, state.value = self.next_number(), data, ()
                 self.become(state, "pending")
                 self.send(SCHEDULER, "scatter", key, state.want, nbytes, type, workers, True)
             return state
-        self.futures[key] = state = FutureState(key, self.next_want(), data=data)
+        self.futures[key] = state = FutureState(key, self.next_number(), data=data)
         self.send(SCHEDULER, "scatter", key, state.want, nbytes, type, workers, broadcast)
         return state
 
@@ -657,7 +662,7 @@ class ClientMind(FetchingMind):
         """
         for state in states:
             if self.futures.get(state.key) is state and state.status == "error":
-                state.want, state.exception = self.next_want(), ()
+                state.want, state.exception = self.next_number(), ()
                 self.send(SCHEDULER, "retry", state.key, state.want)
                 self.become(state, "pending")
 
@@ -767,10 +772,6 @@ class ClientMind(FetchingMind):
             state.count += 1
         return state
 
-    def next_want(self):
-        self.wants += 1
-        return self.wants
-
     def let_go(self, state, text, kept):
         """It is not wanted any more; if its value is under way, that comes in vain.
 
@@ -823,7 +824,7 @@ class ClientMind(FetchingMind):
         super().validate()
         for key, state in self.futures.items():
             # C1. What is wanted has a live Future object, and is not cancelled.
-            assert state.key == key and state.count > 0 and 0 < state.want <= self.wants, state
+            assert state.key == key and state.count > 0 and 0 < state.want < self.number, state
             assert state.status in ("pending", "finished", "error"), state
             # C2. A value belongs to a finished state, an exception to one that erred.
             assert state.status == "finished" or not state.value, state
@@ -1000,7 +1001,7 @@ class SchedulerMind(Mind):
     )
 
     def __init__(self, first_attempt=1, ttl_us=30_000_000):
-        super().__init__()
+        super().__init__(first_attempt)
         self.tasks = {}  # {key: TaskState}
         self.workers = {}  # {id: WorkerState}
         self.clients = {}  # {id: ClientState}
@@ -1018,7 +1019,6 @@ class SchedulerMind(Mind):
         # here, so that no stimulus has to look through all of them.
         self.changed = {}
         self.durations = {}  # {function name: microseconds}, a moving average
-        self.attempts = first_attempt  # the number of the next attempt
         self.submitted = 0
         self.now_us, self.ttl_us = 0, ttl_us
         self.losses = {}  # {key of data: how it was lost}, for who has not heard of that yet
@@ -1730,7 +1730,7 @@ class SchedulerMind(Mind):
         From now on only the end of the attempt, or of its worker, takes it out of that worker's
         books; the task itself may leave this state before, and even come back with another one.
         """
-        ts.attempt = self.next_attempt()
+        ts.attempt = self.next_number()
         if not ts.run_spec:
             self.ask_giver(ts)
             return
@@ -1909,10 +1909,6 @@ class SchedulerMind(Mind):
             self.mark(dependency)
         ts.dependencies = ()
 
-    def next_attempt(self):
-        self.attempts += 1
-        return self.attempts - 1
-
     def process(self, ts, ws):
         """Send a task at once: the next decision has to see how loaded ``ws`` is by then."""
         ts.processing_on = ws
@@ -1996,7 +1992,7 @@ class SchedulerMind(Mind):
         is there for all.  Here it is in no books but ``copying`` and ``arriving``: the task is in
         memory, and stays there whether the copy comes or not.
         """
-        attempt = self.next_attempt()
+        attempt = self.next_number()
         ts.copying = ts.copying or {}
         ts.copying[attempt] = ws
         ws.arriving[attempt] = ts

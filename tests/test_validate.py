@@ -203,8 +203,8 @@ NEITHER = {  # {reason: fields}
         TaskState.stuck TaskState.lost TaskState.why WorkerState.late WorkerState.seen_us
         Attempt.ready_us FutureState.text""",
     "it is a supply of numbers, a clock, or a constant": """
-        SchedulerMind.attempts SchedulerMind.submitted SchedulerMind.now_us
-        SchedulerMind.ttl_us ClientMind.wants
+        SchedulerMind.number ClientMind.number WorkerMind.number
+        SchedulerMind.submitted SchedulerMind.now_us SchedulerMind.ttl_us
         SchedulerMind.edges ClientMind.edges WorkerMind.edges""",
     "it is what a peer or a user said": """
         TaskState.name TaskState.priority TaskState.run_spec TaskState.restrictions
