@@ -37,7 +37,6 @@ The life of one ``submit()``.  Each method opens its docstring with its number i
 """
 
 import argparse
-import ast
 import asyncio
 import atexit
 import collections.abc
@@ -3051,41 +3050,22 @@ def unpack_exception(frames):
 
 
 def rebuild_traceback(places):
-    """A traceback through [(file, line, function)]."""
+    """A traceback through [(file, line, function)].
+
+    It goes through frames, and a frame belongs to code that runs: but that of a generator which
+    has not begun will do, under the names of the place.  Nobody has called it, so that it keeps no
+    caller alive.  The worker's variables are not in it: they may be anything, and large.
+    """
+    # (tblib, whose idea it is, compiles code that raises, and runs it.)
     tb = None
     for filename, line, name in reversed(places):
-        frame = frame_at(filename, line, name)
-        tb = types.TracebackType(tb, frame, frame.f_lasti, line)
+        names = {"co_filename": filename, "co_name": name, "co_qualname": name}
+        code = (lambda: (yield)).__code__.replace(co_firstlineno=line, **names)
+        frame = types.FunctionType(code, {"__file__": filename})().gi_frame
+        # At its first instruction, which stands in no column: else the traceback would underline
+        # what stands there in the worker's source.
+        tb = types.TracebackType(tb, frame, 0, line)
     return tb
-
-
-@functools.lru_cache(maxsize=1000)
-def frame_at(filename, line, name):
-    """A frame that names a place.
-
-    Frames come from running code: a line that carries these names is compiled and run to its
-    exception (the idea is that of tblib).  In a thread of its own: else all callers' frames, and
-    what they hold, would live as long as this frame does.  The worker's variables are not in it:
-    they may be anything, and large.
-    """
-    # The place is a line without columns (-1): with columns, the traceback would underline what
-    # stands there in the worker's source.
-    tree = ast.parse("raise RuntimeError")
-    for node in ast.walk(tree):
-        node.lineno, node.end_lineno, node.col_offset, node.end_col_offset = line, line, -1, -1
-    code = compile(tree, filename, "exec").replace(co_name=name, co_qualname=name)
-    frames = []
-
-    def run():
-        try:
-            exec(code, {"__file__": filename})
-        except RuntimeError as error:
-            frames.append(error.__traceback__.tb_next.tb_frame)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return frames[0]
 
 
 def sizeof(obj, depth=3):
