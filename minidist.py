@@ -3861,7 +3861,7 @@ def pack_result(key, result):
 # two lines of the user's thread; after an append, there is nothing that it could leave half done.
 #
 # Calls that wait are coroutines.  An asynchronous client returns them; a synchronous one, whose
-# loop runs in a thread of its own, waits for them there: ``Threaded._run`` is all the difference.
+# loop runs in another thread, waits for them there: ``Threaded._run`` is all the difference.
 #
 # Names and meanings are those of dask.distributed: ``from dask.distributed import Client`` is the
 # way to a bigger cluster.
@@ -4126,12 +4126,25 @@ def seconds(timeout):
     return float(match[1]) * units[match[2]]
 
 
-class Threaded(Shown):
-    """What lives in the running loop, or (synchronous) in a loop and a thread of its own.
+@functools.cache
+def loop_in_thread(pid):
+    """(loop, its thread) of all that is synchronous in this process.
 
-    Subclasses have two coroutine methods, ``_start`` and ``_close``; the rest follows.  In a
-    notebook a loop is running already, but in the thread in which cells wait: so a synchronous
-    client cannot use it, and needs its own.
+    In a notebook a loop is running already, but in the thread in which cells wait: so what is
+    synchronous cannot use it.  This one goes on until the process ends, whatever is closed before:
+    so nobody can come too late for it, and wait for ever.  A process that was forked has none of
+    its parent's threads.
+    """
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    return loop, thread
+
+
+class Threaded(Shown):
+    """What lives in the running loop, or (synchronous) in one that runs in another thread.
+
+    Subclasses have two coroutine methods, ``_start`` and ``_close``; the rest follows.
     """
 
     def _live(self, asynchronous):
@@ -4139,10 +4152,7 @@ class Threaded(Shown):
         self.asynchronous, self._started, self._pid = asynchronous, False, os.getpid()
         if asynchronous:
             return
-        self.loop, self._over = asyncio.new_event_loop(), False
-        self._gate = threading.RLock()  # Nothing is handed to the loop after it was told to stop.
-        self._thread = threading.Thread(target=self._run_loop, daemon=True)
-        self._thread.start()
+        self.loop, self._thread = loop_in_thread(os.getpid())
         atexit.register(self.close)  # What was posted goes out, and no task is cut off.
         try:
             self._run(self._start())
@@ -4188,27 +4198,9 @@ class Threaded(Shown):
         """
         if self.asynchronous:
             return asyncio.wait_for(self._close(), seconds(timeout))
-        if self._over or self._pid != os.getpid():
-            return
-        try:
+        if self._pid == os.getpid():
             self._run(self._close(), seconds(timeout))
-        except RuntimeError:
-            if not self._over:  # Else another thread was first.
-                raise
-        with self._gate:
-            if not self._over:
-                self.loop.call_soon_threadsafe(self.loop.stop)
-            self._over = True
-        self._thread.join()
-        atexit.unregister(self.close)
-
-    def _run_loop(self):
-        """The loop's thread: until it is told to stop, and all threads that wait have heard."""
-        self.loop.run_forever()
-        turn = self.loop.create_task(asyncio.sleep(0))  # Who is done may not have been told yet.
-        waiting = asyncio.wait({turn, *asyncio.all_tasks(self.loop)}, timeout=1)
-        self.loop.run_until_complete(waiting)
-        self.loop.close()
+            atexit.unregister(self.close)
 
     def _run(self, coroutine, timeout=None):
         """Run in the loop: an awaitable, or (synchronous) wait for it here.
@@ -4217,16 +4209,13 @@ class Threaded(Shown):
         """
         if self.asynchronous:
             return coroutine
-        why, future = INHERITED if self._pid != os.getpid() else "", None
+        why = INHERITED if self._pid != os.getpid() else ""
         if threading.current_thread() is self._thread:
-            why = "a synchronous client's own loop cannot wait for it: deadlock"
-        if not why:
-            with self._gate:
-                if not self._over:
-                    future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        if future is None:
+            why = "a synchronous client's loop cannot wait for itself: deadlock"
+        if why:
             coroutine.close()
-            raise RuntimeError(why or CLOSED)
+            raise RuntimeError(why)
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         try:
             return future.result(timeout)
         except BaseException:
@@ -4243,7 +4232,7 @@ class Client(Threaded, Body):
     ``timeout`` seconds.  Without one, ``LocalCluster(**new)`` is started, and ends
     with the client.  As a context manager it closes itself.  With ``asynchronous=True`` it
     lives in the running event loop: use ``async with`` (or ``await`` it); methods that wait return
-    awaitables, and futures can be awaited.  Otherwise its own loop runs in a thread, so that it
+    awaitables, and futures can be awaited.  Otherwise its loop runs in a thread, so that it
     works in notebooks.  Raises OSError if no scheduler is there, PermissionError if it refuses us.
 
         with Client("127.0.0.1:8786") as client:    # or Client(), Client(n_workers=4)
@@ -4407,6 +4396,7 @@ class Client(Threaded, Body):
 
     def _act(self, stimulus, futures, *arguments):
         """Give the mind a stimulus about futures, in the inbox's order; wait until it has it."""
+        self._check_open()
         self._check_own(futures)
         self._post(lambda: stimulus([future._state for future in futures], *arguments))
         return self._run(self._catch_up())

@@ -810,8 +810,9 @@ async def test_what_cannot_be_pickled_is_refused_at_the_call_and_named(c, a, b):
 
 @on_cluster
 async def test_a_closed_client_keeps_its_values_cancels_the_rest_and_refuses_calls(c, a, b):
-    here, pending = c.submit(abs, -1), c.submit(through, 0)
+    here, pending, failed = c.submit(abs, -1), c.submit(through, 0), c.submit(int, "x")
     assert await here == 1
+    await wait([failed])
     await c.close()
     await c.close()
     assert await here == 1 and pending.status == "cancelled"
@@ -819,7 +820,7 @@ async def test_a_closed_client_keeps_its_values_cancels_the_rest_and_refuses_cal
         with pytest.raises(minidist.CancelledError, match="closed"):
             await waiting
     assert issubclass(minidist.CancelledError, concurrent.futures.CancelledError)
-    for call in [lambda: c.submit(abs, 1), lambda: c.map(abs, [1])]:
+    for call in [lambda: c.submit(abs, 1), lambda: c.map(abs, [1]), failed.retry, here.cancel]:
         with pytest.raises(RuntimeError, match="closed"):
             call()
 
@@ -943,6 +944,7 @@ def test_a_worker_that_is_refused_for_its_name_does_no_harm_to_who_bears_it():
 def test_a_local_cluster_whose_workers_do_not_start_says_so_and_leaves_nothing(monkeypatch):
     monkeypatch.setitem(LIMITS, "start_seconds", 0.2)
     monkeypatch.setattr(minidist.sys, "executable", "/bin/false")
+    minidist.loop_in_thread(os.getpid())  # That one stays.
     before = threading.active_count()
     with pytest.raises(TimeoutError, match="0 of 1 worker processes have started"):
         Client(n_workers=1)
@@ -958,6 +960,7 @@ def test_an_interrupt_while_a_local_cluster_starts_leaves_nothing(monkeypatch):
         return started[0]
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", start_and_interrupt)
+    minidist.loop_in_thread(os.getpid())  # That one stays.
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         Client(n_workers=1)
@@ -975,6 +978,7 @@ def test_a_local_cluster_that_was_awaited_can_be_a_context_manager():
 
 
 def test_a_local_cluster_on_a_port_that_is_taken_says_so_and_leaves_nothing():
+    minidist.loop_in_thread(os.getpid())  # That one stays.
     before = threading.active_count()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(OSError, match="address already in use"):
