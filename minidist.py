@@ -2290,7 +2290,7 @@ class WorkerMind(FetchingMind):
     def __init__(self):
         super().__init__()
         self.attempts = {}  # {number: Attempt}, until its end was told
-        self.data = {}  # an ordered set of (key, attempt): the values held; the body has them
+        self.data = {}  # {(key, attempt): value}: what is held; no value is looked into here
         self.needed_by = {}  # {(key, attempt): ordered set of Attempts that have not started}
         self.ready = HeapSet()  # attempts that a thread can begin
         self.leaving = False
@@ -2364,22 +2364,22 @@ class WorkerMind(FetchingMind):
         self.settle()
 
     def stimulus_put_data(self, client, key, attempt, value):
-        """A client puts data here; the body has stored it.
+        """A client puts data here.
 
         It came by a data connection, so nothing follows from it but a claim on the scheduler's
         stream.  If the client has let go of the data meanwhile, the answer is "free-keys".
         """
-        self.data[key, attempt] = None
+        self.data[key, attempt] = value
         self.send_name(SCHEDULER, "add-keys", (key, attempt))
 
-    def stimulus_finished(self, number, nbytes, type, duration_us, value):
-        """[10] A thread has a result.  ``value`` are its frames, if it is to ride along.
+    def stimulus_finished(self, number, nbytes, type, duration_us, value, result=None):
+        """[10] A thread has a ``result``.  ``value`` are its frames, if it is to ride along.
 
         It is held also if nobody needs it any more, as this worker cannot know; then the scheduler
         answers its end with "free-keys".
         """
         attempt = self.attempts[number]
-        self.data[attempt.key, number] = None  # Until the scheduler says otherwise.
+        self.data[attempt.key, number] = result  # Until the scheduler says otherwise.
         self.decree(attempt, "finished", nbytes, type, duration_us, value)
         self.settle()
 
@@ -2410,7 +2410,7 @@ class WorkerMind(FetchingMind):
         exception that says so: it would be the same wherever they run, but on its holder.
         """
         if ok:
-            self.data[name] = None
+            self.data[name] = value
             self.send_name(SCHEDULER, "add-keys", name)
         for attempt in self.needed_by.get(name, ()):
             attempt.waiting_for.pop(name, None)
@@ -3538,9 +3538,8 @@ def replay(path, validate=True):
 # say, only if nobody else has since it sent last; and the loop wakes no more threads than there
 # are ready attempts.
 #
-# The mind has the names of the values that are held, the body the values: ``store`` changes under
-# the same lock as ``state.data``, so that nobody is told of a value which is not there.  Threads
-# add to it; only the loop removes from it, since frees come with the scheduler's messages.
+# The mind holds the values, though it never looks into one.  Threads add to them; only the loop
+# removes any, since frees come with the scheduler's messages.
 
 WORKER = contextvars.ContextVar("the worker whose task this is")
 
@@ -3557,15 +3556,15 @@ def get_worker():
         raise ValueError("get_worker() is for tasks: no worker runs this") from None
 
 
-class Packed(namedtuple("Packed", "frames")):
-    """A value as it came over the wire; unpickled by the first thread that needs it.
+class Packed(tuple):
+    """The frames of a value that came over the wire; the first thread that needs it unpickles it.
 
     So the loop never unpickles, and what is only passed on to another worker is not unpickled.
     """
 
 
 class Worker(Body):
-    """Runs a WorkerMind: threads that take ready attempts, and a store of values.
+    """Runs a WorkerMind: threads that take ready attempts, and connections for values.
 
     ``nthreads`` tasks run at a time (default: one for each core); ``name`` is its own in the
     cluster (default: its address).  An ``async with`` starts and closes it; ``timeout`` seconds
@@ -3587,7 +3586,6 @@ class Worker(Body):
         self.scheduler_address, self.timeout = scheduler_address, timeout
         self.nthreads, self.name = nthreads or os.cpu_count() or 1, name
         self.lock = threading.Condition()  # Threads take attempts; they wait for a ready one.
-        self.store = {}  # {(key, attempt): value or Packed}
         self.scheduler = None  # the Connection
         self.ticking = self.closed = False
         self.parting = "it is gone"  # why the scheduler's stream has ended; "" after a good-bye
@@ -3654,23 +3652,18 @@ class Worker(Body):
     def data(self):
         """{key: value} of what this worker holds: a new dict, which changes nothing here."""
         with self.lock:
-            return {name[0]: self.unpacked(name) for name in self.store}
+            return {name[0]: self.unpacked(name) for name in self.state.data}
 
     def take(self, peer, op, fields):
-        """What the mind wants to hold is stored, and what it is told to free is not any more."""
+        """Tell a value's frames from an object; and hang up when the scheduler says good-bye."""
         if op in ("goodbye", "refused"):
             # We hang up: if the scheduler did, it might cut off what it has just said.
             self.parting = fields[0] if fields else ""
             self.scheduler.hang_up()
             return
+        if op in ("data", "put-data"):
+            fields[-1] = Packed(fields[-1])
         super().take(peer, op, fields)
-        if op == "free-keys":
-            for name in fields[0]:
-                del self.store[name]
-        elif op in ("data", "put-data"):
-            key, attempt, *_, value = fields
-            if (key, attempt) in self.state.data and (key, attempt) not in self.store:
-                self.store[key, attempt] = Packed(value)
 
     def flush(self):
         """Send what the mind has to say; wake as many threads as there are attempts for."""
@@ -3710,7 +3703,7 @@ class Worker(Body):
             if self.closed:
                 return False
             attempt = self.state.stimulus_take()
-            inputs = {name: self.store[name] for name in attempt.inputs}
+            inputs = {name: self.state.data[name] for name in attempt.inputs}
         self.run_task(attempt, inputs)
         return True
 
@@ -3746,19 +3739,17 @@ class Worker(Body):
                 value = dumps(result)
                 if sum(map(len, value)) > LIMITS["ride_along_bytes"]:
                     value = ()
-        told = (attempt.number, nbytes, kind, duration_us, value)
         with self.lock:
-            self.store[attempt.key, attempt.number] = result
-            self.state.stimulus_finished(*told)
+            self.state.stimulus_finished(attempt.number, nbytes, kind, duration_us, value, result)
 
     def unpacked(self, name, inputs=None):
-        """A value as an object.  ``inputs`` are a thread's own: the store may have freed them."""
-        value = (inputs or self.store)[name]
+        """A value as an object.  ``inputs`` are a thread's own: the mind may have freed them."""
+        value = (inputs or self.state.data)[name]
         if isinstance(value, Packed):
-            value = loads(value.frames)  # Two threads may do so at once; one result stays.
+            value = loads(value)  # Two threads may do so at once; one result stays.
             with self.lock:  # It may be freed just now: what is stored after that would stay.
-                if name in self.store:
-                    self.store[name] = value
+                if name in self.state.data:
+                    self.state.data[name] = value
         return value
 
     def call(self, func, args, kwargs):
@@ -3831,11 +3822,11 @@ class Worker(Body):
 
         "missing" is normal: it was freed while the request was under way.
         """
-        if name not in self.store:
+        if name not in self.state.data:
             return "missing", ()
-        value = self.store[name]
+        value = self.state.data[name]
         if isinstance(value, Packed):
-            return "ok", value.frames
+            return "ok", value
         # In another thread: pickling 100 MB takes long, and the loop has other peers.
         return await asyncio.to_thread(pack_result, name[0], value)
 
