@@ -3219,8 +3219,14 @@ class Body:
             self.links[fields[0]].hang_up()
 
     def stimulate(self, op, *args):
-        """Tell the mind what came, or what else has happened."""
+        """Tell the mind what came, by the stimulus that is named after it."""
         getattr(self.state, stimulus_named(op))(*args)
+
+    def happens(self, op, *args):
+        """Tell the mind what has happened here, not by a message; send what it says to that."""
+        with self.lock:
+            self.stimulate(op, *args)
+        self.flush()
 
     def flush(self):
         """Send what the mind has in its outbox.
@@ -3265,9 +3271,7 @@ class Body:
             del self.links[holder]
         else:
             await self.follow(holder, connection)
-        with self.lock:
-            self.state.stimulus_link_lost(holder)
-        self.flush()
+        self.happens("link-lost", holder)
 
 
 def reachable(host):
@@ -3401,8 +3405,7 @@ class Scheduler(Body):
                 self.links[worker].heard = False
                 if worker in self.state.workers:
                     self.stimulate("heartbeat", worker)
-            self.stimulate("time-passes", ticks * self.state.ttl_us // 4)
-            self.flush()
+            self.happens("time-passes", ticks * self.state.ttl_us // 4)
             await asyncio.sleep(self.state.ttl_us / 4_000_000)
 
     async def serve(self, connection):
@@ -3427,8 +3430,7 @@ class Scheduler(Body):
                 send_signal(process, signal.SIGKILL)  # It was silent for too long.
         finally:
             how = [f"{text} at {time.strftime('%H:%M:%S')}" for text in how]
-            self.stimulate(f"{connection.peer}-left", peer, *how)
-            self.flush()
+            self.happens(f"{connection.peer}-left", peer, *how)
 
     def take(self, peer, op, fields):
         """Only who has registered, once, is listened to.
@@ -3628,9 +3630,7 @@ class Worker(Body):
         The scheduler copies it to other workers, and says good-bye when that is done; then this
         returns.  Tasks that still run here run again elsewhere.
         """
-        with self.lock:
-            self.state.stimulus_leave()
-        self.flush()
+        self.happens("leave")
         await asyncio.wait([self.finished])
 
     async def close(self):
@@ -3677,9 +3677,7 @@ class Worker(Body):
     def tick(self):
         """Time matters to the mind only while something is ready."""
         self.ticking = False
-        with self.lock:
-            self.state.stimulus_time_passes(time.monotonic_ns() // 1000)
-        self.flush()
+        self.happens("time-passes", time.monotonic_ns() // 1000)
 
     # Threads.
 
@@ -4324,8 +4322,7 @@ class Client(Threaded, Body):
     def _end(self, kind, text):
         """From now on, pending futures are cancelled, and new calls raise ``kind(text)``."""
         self._refusal = (kind, text)
-        self.state.stimulus_scheduler_left(text)
-        self.flush()
+        self.happens("scheduler-left", text)
 
     def take(self, peer, op, fields):
         """What a user asked for outside of futures, and warnings, are not the mind's business."""
