@@ -3108,7 +3108,22 @@ def stimulus_named(op):
     return "stimulus_" + op.replace("-", "_")
 
 
-class Body:
+class Entered:
+    """What ``async with`` starts and closes, by its coroutines ``_start`` and ``close``."""
+
+    async def __aenter__(self):
+        try:
+            await self._start()
+        except BaseException:
+            await self.close()  # What was started already ends, also when this is cancelled.
+            raise
+        return self
+
+    async def __aexit__(self, *_):
+        await asyncio.shield(self.close())  # Cancelled or not, it ends.
+
+
+class Body(Entered):
     """What the bodies of the three minds share: links to peers, and the tasks that serve them.
 
     With ``MINIDIST_VALIDATE`` in the environment, every invariant of the mind is checked before
@@ -3127,17 +3142,6 @@ class Body:
         self.tasks = set()  # of asyncio, cancelled when it ends
         self.lock = contextlib.nullcontext()  # around the mind
         self.validating = bool(os.environ.get("MINIDIST_VALIDATE"))
-
-    async def __aenter__(self):
-        try:
-            await self.open()
-        except BaseException:
-            await self.close()  # What was started already ends, also when this is cancelled.
-            raise
-        return self
-
-    async def __aexit__(self, *_):
-        await asyncio.shield(self.close())  # Cancelled or not, it ends.
 
     def start(self, coroutine):
         """A task of this body's.  (Somebody has to keep it: the loop refers to tasks weakly.)"""
@@ -3370,7 +3374,7 @@ class Scheduler(Body):
         self.watched = {}  # {worker's name: its process, if we started it}
         self.ended = asyncio.Event()
 
-    async def open(self):
+    async def _start(self):
         await self.listen(self.host, self.port)
         if self.record:  # Only now: whose port is in use must not empty the other's recording.
             self.recording = open(self.record, "w")
@@ -3600,7 +3604,7 @@ class Worker(Body):
             self.name = str(self.name if self.name is not None else self.address)
         return ["register-worker", self.id, self.name, self.nthreads, [], []]
 
-    async def open(self):
+    async def _start(self):
         """Connect, listen, register, start the threads."""
         self.loop = asyncio.get_running_loop()
         reached = await reach_scheduler(self.scheduler_address, self, self.timeout)
@@ -4130,7 +4134,7 @@ def loop_in_thread(pid):
     return loop, thread
 
 
-class Threaded(Shown):
+class Threaded(Shown, Entered):
     """What lives in the running loop, or (synchronous) in one that runs in another thread.
 
     Subclasses have two coroutine methods, ``_start`` and ``_close``; the rest follows.
@@ -4153,16 +4157,9 @@ class Threaded(Shown):
         if not self.asynchronous:
             raise TypeError("async with needs asynchronous=True; use with")
         if not self._started:  # Else it was awaited, and is a context manager now.
-            try:
-                await self._start()
-            except BaseException:
-                await self._close()
-                raise
+            await super().__aenter__()
         self._started = True
         return self
-
-    async def __aexit__(self, *_):
-        await asyncio.shield(self._close())  # Cancelled or not, it ends.
 
     def __await__(self):
         return self.__aenter__().__await__()
