@@ -3108,6 +3108,19 @@ def stimulus_named(op):
     return "stimulus_" + op.replace("-", "_")
 
 
+@contextlib.contextmanager
+def dropping(peer):
+    """What a peer sends can do no more than end its own stream; others are served on."""
+    try:
+        yield
+    except (PermissionError, ProtocolError) as error:
+        logger.warning("Dropped %s: %s", peer, error)
+    except (OSError, EOFError):
+        pass  # What it means that a peer is gone is the mind's business.
+    except Exception:
+        logger.exception("Dropped %s: what it sent cannot be", peer)
+
+
 class Entered:
     """What ``async with`` starts and closes, by its coroutines ``_start`` and ``close``."""
 
@@ -3173,45 +3186,33 @@ class Body(Entered):
         port = self.server.sockets[0].getsockname()[1]
         self.address = f"tcp://{reachable(host)}:{port}"
 
-    async def accept(self, reader, writer):
-        """Serve a peer, in a task that asyncio has made: whatever it does ends only itself."""
-        self.tasks.add(asyncio.current_task())
+    def accept(self, reader, writer):
+        """Somebody connects, and is served in a task of ours."""
+        self.start(self.welcome(reader, writer))
+
+    async def welcome(self, reader, writer):
+        """Serve a peer with whom hands can be shaken, until its stream ends."""
         connection = Connection()
         who = ":".join(map(str, writer.get_extra_info("peername") or "?"))
-        try:
+        with contextlib.closing(writer), dropping(who):
             await connection.open(reader, writer, self.role_when_called, self.id, accepting=True)
             await self.serve(connection)
-        except (PermissionError, ProtocolError) as error:
-            logger.warning("Refused %s: %s", who, error)
-        except (OSError, EOFError, asyncio.CancelledError):
-            pass  # The peer is gone, or we are.
-        except Exception:
-            logger.exception("Dropped %s: it broke us", who)
-        finally:
-            self.tasks.discard(asyncio.current_task())
-            writer.close()
 
     async def follow(self, peer, connection, batch=()):
         """[4] A peer's checked messages, until its stream ends: each one's op names a stimulus.
 
         ``batch`` are those that were read before it was known who the peer is.  All of a batch are
-        given to the mind before it is flushed, so that the answers make one batch, too.  What a
-        peer sends can do no more than end its own stream; others are served on.
+        given to the mind before it is flushed, so that the answers make one batch, too.
         """
         self.links[peer] = connection
         try:
-            while True:
-                with self.lock:
-                    for op, *fields in batch:
-                        self.take(peer, op, fields)
-                self.flush()
-                batch = await connection.receive()
-        except ProtocolError as error:
-            logger.warning("Dropped %s: %s", peer, error)
-        except (OSError, EOFError):
-            pass  # What it means that a peer is gone is the mind's business.
-        except Exception:
-            logger.exception("Dropped %s: what it sent cannot be", peer)
+            with dropping(peer):
+                while True:
+                    with self.lock:
+                        for op, *fields in batch:
+                            self.take(peer, op, fields)
+                    self.flush()
+                    batch = await connection.receive()
         finally:
             self.links.pop(peer, None)  # (A client that closes has done so.)
             connection.writer.close()
