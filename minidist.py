@@ -5377,10 +5377,8 @@ async def until_stopped(coroutine):
             signal.signal(number, signal.SIG_DFL)
         unblock()
 
-    block, unblock = (
-        functools.partial(signal.pthread_sigmask, how, numbers)
-        for how in (signal.SIG_BLOCK, signal.SIG_UNBLOCK)
-    )
+    block = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, numbers)
+    unblock = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, numbers)
     os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=as_any_program)
     await coroutine
 
