@@ -4713,11 +4713,10 @@ class Client(Threaded, Body):
     def nthreads(self, workers=None):
         """{address: how many tasks the worker runs at a time}"""
 
-        async def ask():
-            rows = await self._ask("workers", names_of(workers))
+        def threads(rows):
             return {address: row["nthreads"] for address, row in rows.items()}
 
-        return self._run(ask())
+        return self._then(threads, self._ask, "workers", names_of(workers))
 
     ncores = nthreads
 
@@ -4728,13 +4727,13 @@ class Client(Threaded, Body):
         once, however many workers hold it.
         """
 
-        async def ask():
+        def add_up(facts):
             sizes = collections.Counter()
-            for key, nbytes in (await self._ask("nbytes", keys_of(keys))).items():
+            for key, nbytes in facts.items():
                 sizes[first_part(key) if summary else key] += nbytes
             return dict(sizes)
 
-        return self._run(ask())
+        return self._then(add_up, self._ask, "nbytes", keys_of(keys))
 
     def scheduler_info(self):
         """The scheduler's address, and what it knows of its workers, by their addresses.
@@ -4752,11 +4751,7 @@ class Client(Threaded, Body):
         ``attempt`` is 0, and ``worker`` an empty string, where there is none.
         This is where to look when something runs twice, late, or not at all.
         """
-
-        async def ask():
-            return list((await self._ask("story", keys_of(keys))).values())
-
-        return self._run(ask())
+        return self._then(lambda facts: list(facts.values()), self._ask, "story", keys_of(keys))
 
     def wait_for_workers(self, n_workers, timeout=None):
         """Wait until so many workers are there.  Raises TimeoutError after ``timeout`` seconds.
@@ -4817,8 +4812,8 @@ class Client(Threaded, Body):
     def _facts(self):
         if self._refusal:
             return [self._refusal[1]]
-        if not self.asynchronous and threading.current_thread() is not self._thread:
-            with contextlib.suppress(OSError, RuntimeError):
+        if not self.asynchronous:
+            with contextlib.suppress(OSError, RuntimeError):  # In the loop, nobody can wait.
                 self._run(self._ask("workers"), timeout=1)
         return [self._address, described(self._workers.values())]
 
