@@ -68,6 +68,7 @@ import traceback
 import types
 import warnings
 from collections import OrderedDict, deque, namedtuple
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION
 from dataclasses import dataclass
 from itertools import accumulate, count, islice, zip_longest
 
@@ -3869,9 +3870,6 @@ class KilledWorker(Exception):
     """
 
 
-ALL_COMPLETED, FIRST_COMPLETED = "ALL_COMPLETED", "FIRST_COMPLETED"
-FIRST_EXCEPTION = "FIRST_EXCEPTION"
-CLOSED = "this client is closed: make a new one"
 INHERITED = "this client belongs to the parent process: make one of your own"
 RESERVED = {"resources", "actor", "fifo_timeout"}  # options of dask's that are not built
 
@@ -4279,7 +4277,7 @@ class Client(Threaded, Body):
             Client._instances.remove(self)
         if self._scheduler is not None:
             await self._catch_up()
-            self._end(RuntimeError, CLOSED)
+            self._end(RuntimeError, "this client is closed: make a new one")
             self.links.pop(SCHEDULER, None)  # It is told nothing more.
             await self._scheduler.written()
             # The scheduler hangs up when it has read that: if we did while something of it is under
