@@ -2504,13 +2504,13 @@ class WorkerMind(FetchingMind):
 
 # ---- 5. Wire: pack, read_batch, Connection, the handshake ----
 #
-# Nothing else in this file knows bytes.  A batch is a prefix of two integers, a JSON header
+# Nothing else in this file knows bytes.  A batch is its header's size, a JSON header
 # ``[messages, sizes of frames]`` and the binary frames.  JSON, because a reader can watch it go
 # by, and because parsing it can run no code.
 #
-#       +--------------+--------------+---------------------------+---------+---------+
-#       | header bytes | frames bytes | [[["op", ...], ...], [s]] | frame 0 | frame 1 | ...
-#       +--------------+--------------+---------------------------+---------+---------+
+#       +--------------+---------------------------+---------+---------+
+#       | header bytes | [[["op", ...], ...], [s]] | frame 0 | frame 1 | ...
+#       +--------------+---------------------------+---------+---------+
 #
 # TCP delivers a stream of bytes, not messages: what was written in one call may be read in three,
 # or with what follows it.  So each part's size is read before it.  What a peer says of sizes is
@@ -2518,7 +2518,7 @@ class WorkerMind(FetchingMind):
 #
 # dask: packs with msgpack, and has the same split into a small header and large frames.
 
-PREFIX = struct.Struct("!IQ")  # bytes of the header, bytes of all frames
+PREFIX = struct.Struct("!I")  # bytes of the header
 LARGE = 256 << 10  # frames of so much together are read straight into buffers of their own
 CHUNK = 1 << 20
 
@@ -2552,9 +2552,8 @@ def pack(messages):
         return number
 
     body = json.dumps(messages, default=place, separators=(",", ":"), check_circular=False)
-    sizes = list(map(len, frames))
-    header = f"[{body},{json.dumps(sizes)}]".encode()
-    return [PREFIX.pack(len(header), sum(sizes)), header, *frames]
+    header = f"[{body},{json.dumps(list(map(len, frames)))}]".encode()
+    return [PREFIX.pack(len(header)), header, *frames]
 
 
 async def read_batch(reader, sender):
@@ -2563,20 +2562,20 @@ async def read_batch(reader, sender):
     Everything is bounded before it is allocated.  Raises ``ProtocolError`` for what no peer
     sends, ``asyncio.IncompleteReadError`` at the end of the stream.
     """
-    header_bytes, frames_bytes = PREFIX.unpack(await reader.readexactly(PREFIX.size))
+    (header_bytes,) = PREFIX.unpack(await reader.readexactly(PREFIX.size))
     if header_bytes > LIMITS["header_bytes"]:
         raise ProtocolError(f"a header of {header_bytes} bytes")
     try:
         messages, sizes = json.loads(await reader.readexactly(header_bytes))
         fits = all(type(size) is int and 0 <= size <= LIMITS["frame_bytes"] for size in sizes)
-        if not fits or len(sizes) > LIMITS["frames"] or sum(sizes) != frames_bytes:
+        if not fits or len(sizes) > LIMITS["frames"]:
             raise ValueError("sizes of frames that do not fit")
         messages = list(messages)
     except (ValueError, TypeError, RecursionError) as error:
         raise ProtocolError(f"no header: {error}") from error
-    if frames_bytes < LARGE:
+    if sum(sizes) < LARGE:
         # Read together, then copied: a small frame must not pin the batch that it came in.
-        buffer, ends = await reader.readexactly(frames_bytes), accumulate(sizes)
+        buffer, ends = await reader.readexactly(sum(sizes)), accumulate(sizes)
         frames = [buffer[end - size : end] for end, size in zip(ends, sizes, strict=True)]
     else:
         frames = [await read_large(reader, size) for size in sizes]
@@ -2737,7 +2736,7 @@ class Connection:
 # Whoever holds the secret can run any code on every worker: that is what a cluster is for.
 
 HELLO = struct.Struct("!8sHBBB32s32s")  # magic, protocol, Python's version, role, nonce, worker
-MAGIC, PROTOCOL = b"minidist", 2
+MAGIC, PROTOCOL = b"minidist", 3
 ROLES = ["client", "worker", "scheduler", "holder"]
 REFUSAL = "wrong secret: set MINIDIST_TOKEN, or copy ~/.minidist/token, so that it is the same"
 

@@ -1736,8 +1736,8 @@ anything_in_json = st.recursive(
 @settings(deadline=None)
 @given(anything_in_json.map(lambda garbage: json.dumps(garbage).encode()) | st.binary())
 def test_garbage_is_a_protocol_error_and_nothing_else(header):
-    with contextlib.suppress(ProtocolError):
-        (batch,) = read([minidist.PREFIX.pack(len(header), 0), header], "client")
+    with contextlib.suppress(ProtocolError, EOFError):  # (It may name frames that never come.)
+        (batch,) = read([minidist.PREFIX.pack(len(header)), header], "client")
         assert [travel(message, "client") for message in batch] == batch
 
 
