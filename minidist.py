@@ -2861,32 +2861,25 @@ def loads(frames):
     return pickle.loads(data, buffers=buffers)
 
 
-class Context(threading.local):
-    """What a thread is doing while it pickles or unpickles a call.
+# What is going on while a call is pickled or unpickled: for ``Future.__reduce__`` and ``resolve``,
+# which are called by the pickle module, and it has no place for an argument of ours.
 
-    ``Future.__reduce__`` and ``resolve`` are called by the pickle module, which has no place for
-    an argument of ours.
-    """
-
-    collected = None  # on clients: {Future: None}, those met in the arguments being pickled
-    inputs = None  # on workers: {key: value}, what stands for them in the call being unpickled
-
-
-CONTEXT = Context()
+COLLECTED = contextvars.ContextVar("{Future: None}: met in what is being pickled", default=None)
+INPUTS = contextvars.ContextVar("{key: value}: for the futures in the call being unpickled")
 
 
 def resolve(key):
     """On a worker, what a pickled Future becomes when it is unpickled: the value."""
-    return CONTEXT.inputs[key]
+    return INPUTS.get()[key]
 
 
 def collecting(dump, *args):
     """(What ``dump(*args)`` returns, each Future that was pickled meanwhile, once)"""
-    outer, CONTEXT.collected = CONTEXT.collected, {}
+    outer = COLLECTED.set({})
     try:
-        return dump(*args), list(CONTEXT.collected)
+        return dump(*args), list(COLLECTED.get())
     finally:
-        CONTEXT.collected = outer
+        COLLECTED.reset(outer)
 
 
 def dump_function(func):
@@ -2943,7 +2936,7 @@ def load_call(run_spec, inputs):
     one task would change under another's feet.
     """
     frame, *call = run_spec
-    CONTEXT.inputs = inputs
+    outer = INPUTS.set(inputs)
     try:
         if not frame:
             return loads(call)
@@ -2952,7 +2945,7 @@ def load_call(run_spec, inputs):
             func = pickle.loads(frame)
         return func, *loads(call)
     finally:
-        CONTEXT.inputs = None
+        INPUTS.reset(outer)
 
 
 def name_of(func):
@@ -4043,11 +4036,11 @@ class Future(Shown):
         Anywhere else a TypeError.  A pickled future that is nowhere noted keeps nothing alive: what
         it stands for might be freed before it is unpickled.
         """
-        if CONTEXT.collected is None:
+        if COLLECTED.get() is None:
             # dask: a Future may be pickled anywhere; it binds itself to its worker's client later.
             text = "a Future can be pickled only inside the arguments of submit or map"
             raise TypeError(f"{text}: pass {self.key!r} as an argument, or gather it first")
-        CONTEXT.collected[self] = None
+        COLLECTED.get()[self] = None
         return resolve, (self.key,)
 
     def _facts(self):
