@@ -194,7 +194,7 @@ def scheduler_life(n):
         mind.outbox.clear()
 
     yield live
-    assert not mind.tasks and mind.submitted == n and mind.attempts == n + 1
+    assert not mind.tasks and mind.submitted == n and mind.number == n + 1
 
 
 def client_life(n):
