@@ -5351,9 +5351,8 @@ async def until_stopped(coroutine):
     Children that a task forks share the pipe that brings signals to this loop: what is sent to one
     would stop us.  They get the handlers of any program, and no signal until they have them.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers, loop = (signal.SIGINT, signal.SIGTERM), asyncio.get_running_loop()
     for number in numbers:
-        loop = asyncio.get_running_loop()
         loop.add_signal_handler(number, asyncio.current_task().cancel)
 
     def as_any_program():
@@ -5365,7 +5364,12 @@ async def until_stopped(coroutine):
     block = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, numbers)
     unblock = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, numbers)
     os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=as_any_program)
-    await coroutine
+    try:
+        await coroutine
+    finally:
+        for number in numbers:  # It ends already: what comes now would find half a loop.
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
 
 async def run_scheduler(options):

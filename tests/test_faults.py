@@ -424,6 +424,24 @@ def test_several_workers_of_one_command_hand_their_data_over_when_it_is_asked_to
             assert c.gather(data) == {n: n * 100_000 for n in "xyz"}
 
 
+def test_a_second_signal_at_the_very_end_of_a_process_changes_nothing(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import asyncio.selector_events, os, signal, sys, minidist\n"
+        "loop = asyncio.selector_events.BaseSelectorEventLoop\n"
+        "close = loop._close_self_pipe\n"
+        "def close_and_get_a_signal(self):\n"
+        "    close(self)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "loop._close_self_pipe = close_and_get_a_signal\n"
+        "sys.exit(minidist.main(['scheduler', '--port', '0']))\n"
+    )
+    with process(script, PYTHONPATH=str(ROOT)) as p:
+        address_of(p)
+        p.send_signal(signal.SIGINT)
+        assert end_of(p) == (0, "")
+
+
 def test_a_process_that_ends_just_before_it_is_asked_to_has_its_own_exit_code(capfd):
     async def main():
         async with minidist.worker_process("no address", ended_by=signal.SIGTERM) as process:
