@@ -3481,7 +3481,15 @@ def digest(frame):
     return f"{len(frame)} bytes, sha256 {hashlib.sha256(frame).hexdigest()}"
 
 
-RECORDED = json.JSONEncoder(default=digest, separators=(",", ":"), check_circular=False)
+known_digest = functools.lru_cache(maxsize=10_000)(digest)
+
+
+def digest_once(frame):
+    """A call's frames come and go again: small ones are remembered for that."""
+    return (known_digest if type(frame) is bytes and len(frame) < 1_000 else digest)(frame)
+
+
+RECORDED = json.JSONEncoder(default=digest_once, separators=(",", ":"), check_circular=False)
 
 
 def replay(path, validate=True):
