@@ -2373,7 +2373,7 @@ class WorkerMind(FetchingMind):
         self.data[key, attempt] = value
         self.send_name(SCHEDULER, "add-keys", (key, attempt))
 
-    def stimulus_finished(self, number, nbytes, type, duration_us, value, result=None):
+    def stimulus_finished(self, number, result, nbytes, type, duration_us, value):
         """[10] A thread has a ``result``.  ``value`` are its frames, if it is to ride along.
 
         It is held also if nobody needs it any more, as this worker cannot know; then the scheduler
@@ -3736,7 +3736,7 @@ class Worker(Body):
                 if sum(map(len, value)) > LIMITS["ride_along_bytes"]:
                     value = ()
         with self.lock:
-            self.state.stimulus_finished(attempt.number, nbytes, kind, duration_us, value, result)
+            self.state.stimulus_finished(attempt.number, result, nbytes, kind, duration_us, value)
 
     def unpacked(self, name, inputs=None):
         """A value as an object.  ``inputs`` are a thread's own: the mind may have freed them."""

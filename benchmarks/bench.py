@@ -227,7 +227,7 @@ def worker_life(n):
             args = ("noop", RUN_SPEC, [], number, True)
             mind.stimulus_compute_task("scheduler", key, number, *args)
         while attempt := mind.stimulus_take():
-            mind.stimulus_finished(attempt.number, 16, "NoneType", 5, (b"N.",))
+            mind.stimulus_finished(attempt.number, None, 16, "NoneType", 5, (b"N.",))
         for number, key in enumerate(keys, 1):
             mind.stimulus_free_keys("scheduler", [(key, number)])
         mind.outbox.clear()
