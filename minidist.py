@@ -598,7 +598,7 @@ class ClientMind(FetchingMind):
         self.send(SCHEDULER, "submit", key, state.want, name, run_spec, names, *options)
         return state
 
-    def stimulus_scatter(self, key, data, nbytes, type, workers=(), broadcast=False):
+    def stimulus_scatter(self, key, data, nbytes, type, workers, broadcast):
         """The user scatters data: it is kept here until the scheduler says that it has a place.
 
         ``data`` are its frames, ``nbytes`` its size as an object, ``type`` its type's name.  The
@@ -2159,7 +2159,7 @@ class SchedulerMind(Mind):
         # S3. No worker is free for what waits in the common queue, unless for what waits in its own
         # and goes first; and only who may not run anywhere has no worker.
         head = self.queue.peek()
-        assert head is None or self.room_for(head) is None, head
+        assert head is None or (self.staying and self.room_for(head) is None), head
         assert not any(self.allowed(ts) for ts in self.unrunnable)
 
     def validate_task(self, ts):

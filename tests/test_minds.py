@@ -12,6 +12,7 @@ from minidist import (
     MESSAGES,
     OPS,
     SCHEDULER,
+    TRANSFER_US,
     ClientMind,
     SchedulerMind,
     WorkerMind,
@@ -385,6 +386,47 @@ def test_a_task_that_no_worker_may_run_waits_with_a_warning_until_one_so_called_
     assert s.tasks["x"].processing_on.name == "nobody"
 
 
+def test_a_cancel_looks_at_each_dependent_once_however_many_ways_lead_there():
+    s = Scheduler("w")
+    s.submit(("a", 0)), s.submit(("b", 0))
+    for n in range(1, 40):  # There are 2 ** 39 ways.
+        for letter in "ab":
+            s.submit((letter, n), ("a", n - 1), ("b", n - 1))
+    sent(s)
+    s.stimulus_cancel_keys("c", [(("a", 0), 1)], False)
+    assert len(told(s, "c", "key-cancelled")) == 1 + 2 * 39
+
+
+def test_how_data_was_lost_is_not_remembered_for_ever(monkeypatch):
+    monkeypatch.setitem(LIMITS, "remembered", 2)
+    s = Scheduler("w")
+    for key in "def":
+        _, attempt = scatter(s, key)
+        s.stimulus_add_keys("w", [(key, attempt)])
+    s.stimulus_worker_left("w")
+    assert len(s.losses) == 2 and len(told(s, "c", "key-cancelled")) == 3
+
+
+def test_when_no_worker_is_left_one_warning_is_enough_for_all_that_wait():
+    s = Scheduler("w").measured("x", 1_000_000)
+    for n in range(3):
+        s.submit(f"x{n}", name="x")
+    sent(s)
+    s.stimulus_worker_left("w")
+    assert [*s.states().values()] == ["no-worker"] * 3
+    (warning,) = told(s, "c", "warning")
+    assert "waits: there is no worker yet" in warning["text"]
+
+
+def test_a_task_goes_to_the_worker_with_the_least_work_for_each_thread():
+    s = Scheduler("many", nthreads=3).measured("x", 2_000_000).measured("y", 3_000_000)
+    s.stimulus_register_worker("few", "few", 2, [], [])
+    for key, where in [("x1", "many"), ("x2", "many"), ("y1", "few")]:
+        s.submit(key, name=key[0], workers=[where])
+    s.submit("z")
+    assert s.tasks["z"].processing_on.id == "many", "4 s of work on 3 threads; 3 s on 2"
+
+
 def test_workers_are_called_by_name_address_and_host():
     for alias in ["tcp://1.2.3.4:5#v", "n", "tcp://1.2.3.4:5", "1.2.3.4:5", "1.2.3.4"]:
         s = Scheduler("w")
@@ -432,6 +474,18 @@ def test_what_must_not_be_stolen_does_not_hide_what_may_be():
         ((running, _),) = s.workers["v"].processing.values()
         s.finish(running.key)
     assert s.workers["idle"].processing
+
+
+def test_what_would_start_no_sooner_elsewhere_is_not_stolen():
+    for waits_us, stolen in [(TRANSFER_US, False), (TRANSFER_US + 1, True)]:
+        s = Scheduler("w").measured("before", waits_us).measured("x", 2_000_000)
+        s.submit("data")
+        s.finish("data", nbytes=0)
+        s.submit("early", "data", name="before")
+        s.submit("x", "data")
+        assert s.states()["x"] == "queued"
+        s.stimulus_register_worker("v", "v", 1, [], [])
+        assert s.states()["x"] == ("processing" if stolen else "queued")
 
 
 def test_a_worker_that_joins_steals_what_waits_for_another():
@@ -622,6 +676,15 @@ def test_a_suspect_is_not_sent_to_a_worker_that_holds_something_else():
     assert s.states()["later"] == "processing"
 
 
+def test_nothing_is_sent_beside_a_suspect_however_short_it_is_known_to_be():
+    s = Scheduler("v").measured("x", 0)
+    s.submit("x0", name="x")
+    s.stimulus_worker_left("v")
+    s.stimulus_register_worker("w", "w", 1, [], [])
+    s.submit("x1", name="x")
+    assert s.states() == {"x0": "processing", "x1": "queued"}
+
+
 def test_a_suspect_keeps_one_worker_from_taking_more_and_not_all_of_them():
     s = Scheduler("u", "v", "w", nthreads=2)
     for n in range(5):
@@ -747,7 +810,7 @@ def test_a_shutdown_says_good_bye_to_every_worker():
 
 def test_a_client_keeps_what_it_scatters_until_it_has_a_place():
     client = ClientMind()
-    state = client.stimulus_scatter("d", (b"42",), 8, "int")
+    state = client.stimulus_scatter("d", (b"42",), 8, "int", [], False)
     sent(client)
     client.stimulus_put(SCHEDULER, "d", 1, 5, "w")
     assert sent(client) == [("w", "put-data", dict(key="d", attempt=5, value=(b"42",)))]

@@ -272,7 +272,7 @@ def test_a_client_tries_each_holder_and_then_reports_those_that_missed():
 @pytest.mark.parametrize("value", [(), (b"1",)], ids=["elsewhere", "here"])
 def test_a_broadcast_of_data_that_is_known_is_a_new_want_of_it(value):
     client = ClientMind()
-    x = client.stimulus_scatter("x", (b"1",), 8, "int")
+    x = client.stimulus_scatter("x", (b"1",), 8, "int", [], False)
     client.stimulus_key_in_memory(SCHEDULER, "x", 1, 5, 8, "int", ["w"], value)
     sent(client)
     assert client.stimulus_scatter("x", (b"1",), 8, "int", [], True) is x

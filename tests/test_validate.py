@@ -96,7 +96,7 @@ def futures_in_every_state():
     c.stimulus_data("u", "lost", 4, "missing", ())
     c.stimulus_key_erred(SCHEDULER, "bad", 4, (b"boom",), "", "")
     for key in ("new", "put"):
-        c.stimulus_scatter(key, (b"1",), 8, "int")
+        c.stimulus_scatter(key, (b"1",), 8, "int", [], False)
     c.stimulus_put(SCHEDULER, "put", c.futures["put"].want, 9, "w")
     return c
 
