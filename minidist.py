@@ -3106,7 +3106,9 @@ def dropping(peer):
     """What a peer sends can do no more than end its own stream; others are served on."""
     try:
         yield
-    except (PermissionError, ProtocolError) as error:
+    except PermissionError as error:
+        logger.warning("Refused %s: %s", peer, error)
+    except ProtocolError as error:
         logger.warning("Dropped %s: %s", peer, error)
     except (OSError, EOFError):
         pass  # What it means that a peer is gone is the mind's business.

@@ -273,7 +273,7 @@ def test_a_scheduler_logs_one_line_for_each_worker_that_it_refuses(scheduler):
         assert line_of(scheduler) == f"INFO Worker ADDRESS was refused: {name_in_use}"
         with a_worker(scheduler.address, "b", MINIDIST_TOKEN="another") as stranger:
             assert stranger.wait(30) == 1
-        assert line_of(scheduler) == f"WARNING Dropped ADDRESS: a worker with a {REFUSAL}"
+        assert line_of(scheduler) == f"WARNING Refused ADDRESS: a worker with a {REFUSAL}"
         scheduler.send_signal(signal.SIGTERM)
         assert scheduler.communicate(timeout=30) == ("", "")
 
@@ -301,6 +301,6 @@ def test_the_log_level_chooses_what_is_logged():
         with a_worker(address, "a") as a, a_worker(address, "b", MINIDIST_TOKEN="another") as b:
             address_of(a)
             assert b.wait(30) == 1
-        assert line_of(s) == f"WARNING Dropped ADDRESS: a worker with a {REFUSAL}"
+        assert line_of(s) == f"WARNING Refused ADDRESS: a worker with a {REFUSAL}"
         s.send_signal(signal.SIGTERM)
         assert s.communicate(timeout=30) == ("", "")
