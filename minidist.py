@@ -608,9 +608,11 @@ class ClientMind(FetchingMind):
         if state := self.known(key):
             if broadcast and state.status != "error":
                 # It may be on one worker only.  That is a new want: should it have been lost or
-                # cancelled meanwhile, then this client gives it once more.
+                # cancelled meanwhile, then this client gives it once more; of what is here, the
+                # very value that users have seen, which comes back only if it is asked for again.
                 self.wanted.pop((key, state.attempt), None)
-                state.want, state.data, state.value = self.next_number(), data, ()
+                state.want, state.data, state.value = self.next_number(), state.value or data, ()
+                state.asked = False
                 self.become(state, "pending")
                 self.send(SCHEDULER, "scatter", key, state.want, nbytes, type, workers, True)
             return state

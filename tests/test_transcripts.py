@@ -273,14 +273,20 @@ def test_a_client_tries_each_holder_and_then_reports_those_that_missed():
 def test_a_broadcast_of_data_that_is_known_is_a_new_want_of_it(value):
     client = ClientMind()
     x = client.stimulus_scatter("x", (b"1",), 8, "int", [], False)
-    client.stimulus_key_in_memory(SCHEDULER, "x", 1, 5, 8, "int", ["w"], value)
+    client.stimulus_key_in_memory(SCHEDULER, "x", 1, 5, 8, "int", ["w"], ())
+    client.stimulus_ask([x] if value else [])
+    client.stimulus_data("w", "x", 5, "ok", value)
     sent(client)
-    assert client.stimulus_scatter("x", (b"1",), 8, "int", [], True) is x
+    again = (b"2",) if value else (b"1",)
+    assert client.stimulus_scatter("x", again, 8, "int", [], True) is x
     ((_, op, fields),) = sent(client)
     assert (op, fields["want"], fields["broadcast"], x.status) == ("scatter", 2, True, "pending")
     client.stimulus_key_cancelled(SCHEDULER, "x", 1, "lost, while that was under way")
     client.stimulus_put(SCHEDULER, "x", 2, 6, "v")
-    assert [op for _, op, _ in sent(client)] == ["put-data"], "it is given once more"
+    given = dict(key="x", attempt=6, value=(b"1",))
+    assert sent(client) == [("v", "put-data", given)], "it is given once more"
+    client.stimulus_key_in_memory(SCHEDULER, "x", 2, 6, 8, "int", ["v", "w"], ())
+    assert (x.status, sent(client)) == ("finished", []), "and fetched when somebody asks again"
 
 
 def test_a_miss_at_a_worker_that_holds_the_value_no_longer_strikes_nothing():
