@@ -782,6 +782,7 @@ class ClientMind(FetchingMind):
         del self.futures[state.key]
         self.wanted.pop((state.key, state.attempt), None)
         if not kept:
+            state.exception = ()
             self.become(state, "cancelled", text)
 
     def become(self, state, status, text=""):
@@ -2263,7 +2264,7 @@ class Attempt:
     inputs: "list[tuple]"  # [(key, attempt)]: the values that it is called with
     wanted: bool  # a client wanted it when it was sent: a small result should ride along
     state: str = "waiting"
-    # Non-empty in "waiting" only: the inputs that are not here.
+    # The inputs that are not here; none of them is left when it is ready.
     waiting_for: "dict[tuple, None] | tuple[()]" = ()
     ready_us: int = 0  # since when it has been known to be ready
     # What it has to be whatever its inputs: "executing" when a thread has taken it, and then how

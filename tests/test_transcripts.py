@@ -206,6 +206,14 @@ def test_a_dead_holder_is_not_waited_for():
     assert w.states() == {}
 
 
+def test_a_failed_future_that_is_cancelled_has_no_exception_any_more():
+    client, x = client_with_x()
+    client.stimulus_key_erred(SCHEDULER, "x", 1, (b"boom",), "", "")
+    assert (x.status, x.exception) == ("error", (b"boom",))
+    client.stimulus_cancel([x], False)
+    assert (x.status, x.exception, x.text) == ("cancelled", (), "it was cancelled here")
+
+
 def test_when_the_scheduler_is_lost_what_is_not_here_is_cancelled():
     client, x = client_with_x()
     y = client.stimulus_submit("y", "inc", (), [], 0)
