@@ -159,9 +159,9 @@ MESSAGES = {  # {op: "sender > receiver: fields"}; the fields' kinds are in FIEL
     "add-keys": "worker > scheduler: names",
     "free-keys": "scheduler > worker: names",
     "heartbeat": "worker > scheduler:",
-    "leave": "worker > scheduler:",
     "goodbye": "scheduler > worker:",
-    # The scheduler to either.
+    # The scheduler and either.
+    "leave": "client|worker > scheduler:",
     "registered": "scheduler > client|worker: ttl_us",
     "refused": "scheduler > client|worker: text",
     "worker-left": "scheduler > client|worker: worker",
@@ -1165,15 +1165,15 @@ class SchedulerMind(Mind):
                 self.want(self.keeper, ts, 0)
         self.settle()
 
-    def stimulus_client_left(self, client):
-        """A client's connection is lost: it wants nothing any more.
+    def stimulus_client_left(self, client, how="connection lost"):
+        """A client's connection is lost, or it has said that it goes: it wants nothing any more.
 
         If its process lives, all its futures are cancelled there: it cannot come back as this one.
         """
         cs = self.clients.pop(client, None)
         if cs is None:
-            return  # It was lost before it had registered.
-        self.news.append(f"Client {client} left: it wanted {len(cs.wants_what)} results")
+            return  # It had said so before; or it was lost before it had registered.
+        self.news.append(f"Client {client} left: {how}; it wanted {len(cs.wants_what)} results")
         for ts in list(cs.wants_what):
             self.let_go(cs, ts)
         self.settle()
@@ -1284,13 +1284,15 @@ class SchedulerMind(Mind):
                 self.lose(ws.id, text)
         self.settle()  # Only now: nothing must be sent to the next one that is dead.
 
-    def stimulus_leave(self, worker):
-        """A worker wants to go.  What only it holds is copied to others before it may.
+    def stimulus_leave(self, peer):
+        """A peer wants to go.  A client may; what only a worker holds is first copied to others.
 
         From now on it is sent nothing to run.  What it has not begun comes back by itself, in
         messages that follow this one; what was sent to it meanwhile does, too.
         """
-        ws = self.workers[worker]
+        if peer in self.clients:
+            return self.stimulus_client_left(peer, "closed")
+        ws = self.workers[peer]
         ws.leaving = []
         self.account(ws, 0, 0)
         self.withdraw(ws)
@@ -2739,7 +2741,7 @@ class Connection:
 # Whoever holds the secret can run any code on every worker: that is what a cluster is for.
 
 HELLO = struct.Struct("!8sHBBB32s32s")  # magic, protocol, Python's version, role, nonce, worker
-MAGIC, PROTOCOL = b"minidist", 3
+MAGIC, PROTOCOL = b"minidist", 4
 ROLES = ["client", "worker", "scheduler", "holder"]
 REFUSAL = "wrong secret: set MINIDIST_TOKEN, or copy ~/.minidist/token, so that it is the same"
 
@@ -4282,6 +4284,7 @@ class Client(Threaded, Body):
         if self in Client._instances:
             Client._instances.remove(self)
         if self._scheduler is not None:
+            self._post(self.state.send, SCHEDULER, "leave")
             await self._catch_up()
             self._end(RuntimeError, "this client is closed: make a new one")
             self.links.pop(SCHEDULER, None)  # It is told nothing more.

@@ -911,6 +911,8 @@ class Cluster:
         for client in pick_from(self.ids("c")[1:], pick):
             del self.held[client]
             self.seen["clients vanished"] += 1
+            if pick % 3 == 0:  # Closed: the last thing that it says.
+                self.post(client, SCHEDULER, ["leave"])
             self.vanish(client, told=pick % 2)
 
     def vanish(self, id, told):
@@ -1033,7 +1035,7 @@ class Cluster:
                 self.allow_run(key, tasks)
         elif op in ("heartbeat", "register-worker"):
             self.heard_us[fields.get("id", sender)] = self.minds[SCHEDULER].now_us
-        elif op == "leave":
+        elif op == "leave" and ws:
             self.fault("left", sender)
         elif op == "fetch-missed":
             misses = [(fields["key"], fields["attempt"], fields["holders"])]

@@ -286,7 +286,12 @@ def test_a_scheduler_logs_clients_and_nothing_of_errors_in_their_tasks(scheduler
             assert line_of(scheduler) == "INFO Client alice-NUMBER joined"
             futures = [c.submit(abs, "text"), c.submit(abs, -1)]
             wait(futures, timeout=30)
-        assert line_of(scheduler) == "INFO Client alice-NUMBER left: it wanted 2 results"
+        assert line_of(scheduler) == "INFO Client alice-NUMBER left: closed; it wanted 2 results"
+        with Client(scheduler.address, name="alice") as c:
+            assert line_of(scheduler) == "INFO Client alice-NUMBER joined"
+            c.loop.call_soon_threadsafe(c._scheduler.hang_up)
+            lost = "INFO Client alice-NUMBER left: connection lost; it wanted 0 results"
+            assert line_of(scheduler) == lost
         with Client(scheduler.address, name="alice") as c:
             assert line_of(scheduler) == "INFO Client alice-NUMBER joined"
             c.shutdown()
