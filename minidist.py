@@ -57,6 +57,7 @@ import math
 import os
 import pickle
 import re
+import select
 import signal
 import socket
 import struct
@@ -5483,12 +5484,16 @@ def end_with_stdin():
 
     At once, whatever runs, and with what tasks have started: whoever started this process for its
     own use has no use for it now.  Tasks, and their processes, find an empty standard input.
+
+    Processes that it has forked hold that end too, and may outlive it: so we also look, now and
+    then, whether our parent is still the same.
     """
-    lifeline = os.dup(0)
+    lifeline, parent = os.dup(0), os.getppid()
     with open(os.devnull) as empty:
         os.dup2(empty.fileno(), 0)
-    while os.read(lifeline, 1000):
-        pass
+    while os.getppid() == parent:
+        if select.select([lifeline], [], [], 1)[0] and not os.read(lifeline, 1000):
+            break
     os.killpg(0, signal.SIGKILL)
 
 

@@ -461,21 +461,28 @@ def test_an_interrupt_from_the_terminal_ends_several_workers_of_one_command(sche
         assert end_of(parent) == (0, "")
 
 
+@pytest.mark.parametrize("forks", [False, True])
 def test_the_workers_of_a_local_cluster_end_when_the_process_that_made_them_is_killed(
-    listener, tmp_path
+    listener, tmp_path, forks
 ):
+    """Also if a child that it has forked lives on, and holds all that it had open."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import signal, socket, sys, minidist\n"
+        "import os, signal, socket, sys, minidist\n"
         "def stay_in_touch(port, dask_worker):\n"
         "    dask_worker.line = socket.create_connection(('127.0.0.1', port))\n"
         "    dask_worker.line.sendall(bytes(8))\n"
         "client = minidist.Client(n_workers=2)\n"
         "client.run(stay_in_touch, int(sys.argv[1]))\n"
-        "signal.pause()\n"
+        f"if {forks} and os.fork():\n"
+        "    signal.pause()\n"
+        "home = socket.create_connection(('127.0.0.1', int(sys.argv[1])))\n"
+        "home.sendall(bytes(8))\n"
+        "home.recv(1)\n"
+        "os._exit(0)\n"
     )
     with process(script, port_of(listener), PYTHONPATH=str(ROOT)) as p:
-        with caller(listener) as (one, _), caller(listener) as (another, _):
+        with caller(listener) as (one, _), caller(listener) as (another, _), caller(listener):
             p.kill()
             assert one.recv(1) == another.recv(1) == b""
 
