@@ -5144,7 +5144,7 @@ def progress(*futures, notebook=None, multi=True, complete=True):
     and the bars go on.  ``complete=False`` leaves out what is done already.
     """
     # dask: has a single bar in a terminal, and in a notebook a widget, which it returns.
-    futures = futures_of(futures)
+    futures = futures_of(map(listed, futures))
     client = futures[0].client if futures else Client.current()
     client._check_own(futures)
     states = dict.fromkeys(future._known() for future in futures)

@@ -43,7 +43,7 @@ def fail(x):
 
 with Client(n_workers=1) as client:
     futures = client.map(inc, range(4))
-    progress(futures, [client.map(fail, futures)])
+    progress(iter(futures), [client.map(fail, futures)])
     print([future.status for future in futures])
 """
 
