@@ -14,7 +14,7 @@ help:  ## list what can be made
 	@echo "make TARGET, where TARGET is:"
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
-demo: $(VENV)/installed  ## every call in ten lessons; then a real program, while a worker is killed
+demo: $(VENV)/installed  ## ten lessons on futures; then a real program, while a worker is killed
 	$(BIN)/python examples/ten_lessons.py
 	$(BIN)/python examples/demo.py
 
@@ -38,7 +38,7 @@ notebook: $(VENV)/notebook  ## open the tutorial in JupyterLab, as tutorial.ipyn
 	[ -e tutorial.ipynb ] || $(BIN)/jupytext --quiet --to ipynb --update-metadata '$(METADATA)' tutorial.md
 	$(BIN)/jupyter lab tutorial.ipynb
 
-lint: $(VENV)/installed  ## check the formatting
+lint: $(VENV)/installed  ## check the formatting, and what ruff takes for a mistake
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
