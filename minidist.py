@@ -11,7 +11,7 @@ calls and hold *futures*.  All three are processes that talk over asyncio stream
 It is the real thing with less of it: processes on several hosts, results that stay where they
 were made, peer-to-peer transfers, lost results that are computed again.  Left out is what would
 not introduce a new idea (collections, plugins, spilling to disk), and what is not built yet
-(README has the list).  Comments that begin with "dask:" tell where it does otherwise.
+(README has the list).  Comments and docstrings that say "dask:" tell where it does otherwise.
 
 How to read it.  Part one decides, and is pure: three *minds* that change their tables and leave
 messages in an outbox.  Nothing there does I/O, knows the time, or waits; so a student can drive
@@ -118,10 +118,10 @@ LIMITS = {
 
 SCHEDULER = "scheduler"  # the peer, seen from clients and workers
 
-# All that is ever said.  A message is a list: its op, then its fields in the order of its line here,
-# and in that order its stimulus takes them.  So to read a stimulus, start from its message's line.
-# Whatever comes in is checked against that.  (To write the names of the fields into each message
-# would double the time that it takes to pack and to read it.)
+# All that is ever said.  A message is a list: its op, then its fields in the order of its line
+# here, and in that order its stimulus takes them, after the peer from which it came.  So to read a
+# stimulus, start from its message's line.  Whatever comes in is checked against that.  (To write
+# the names of the fields into each message would double the time to pack and to read it.)
 #
 # A ``key`` stands nowhere without a number beside it, but for a query: ``want`` where the client
 # counts, ``attempt`` where the scheduler does; ``names`` are such pairs.  ``places`` are an
@@ -278,7 +278,7 @@ def check_message(message, frames, sender):
 
 
 class HeapSet(dict):
-    """What waits, by priority; the smallest first.  Every item's ``priority`` is its own.
+    """What waits, by priority: the smallest comes first.
 
     An ordered set, and a heap from which anything may be taken: what was taken out stays in the
     heap until it surfaces, or until the dead are the majority and the heap is built anew.  (To look
@@ -292,7 +292,7 @@ class HeapSet(dict):
 
     def __init__(self, worker=None):
         self.heap = []  # [(priority, item)]
-        self.worker = worker  # the WorkerState that alone takes from it, if there is one
+        self.worker = worker  # whose queue it is, a WorkerState; None: that of all
 
     def push(self, item):
         self[item] = None
@@ -537,7 +537,7 @@ class FutureState:
     count: int = 1  # live Future objects
     asked: bool = False  # somebody waits for the value, not only for its existence
 
-    # Set in "finished" only:
+    # What "key-in-memory" told; true while "finished":
     attempt: int = 0
     nbytes: int = 0
     type: str = ""
@@ -648,7 +648,7 @@ class ClientMind(FetchingMind):
     def stimulus_cancel(self, states, force):
         """The user cancels: these states leave the table at once.
 
-        The scheduler answers with "key-cancelled", for these (which finds no such want any more)
+        The scheduler answers with "key-cancelled", for these (that one is stale when it comes)
         and for what depends on them.  Until that is here, dependents look as before; what is
         submitted on them meanwhile is cancelled by the scheduler.
         """
@@ -709,7 +709,7 @@ class ClientMind(FetchingMind):
             self.fetch(state)
 
     def stimulus_key_lost(self, peer, key, want):
-        """Every replica of a result is gone; it is being computed again.
+        """Every replica of a result is gone; it is being computed again (or, of data, given up).
 
         Users see it: what was finished is pending.  Unless its value is here: to them, all is well.
         """
@@ -851,8 +851,8 @@ class ClientMind(FetchingMind):
 # ``ts``, ``ws``, ``cs`` are a TaskState, a WorkerState, a ClientState.  Times are whole
 # microseconds and sizes whole bytes, so that what was added is subtracted exactly.
 #
-#   Where.  Every task that can run waits here, on the scheduler: in the queue common to all, or,
-#       with inputs or restrictions, in that of the worker where it would start first.  It is sent
+#   Where.  Every task that can run waits here, on the scheduler: in the queue common to all, or
+#       (with inputs or restrictions) in that of the worker where it would start first.  It is sent
 #       when that worker has room; so priorities count until the last moment, and what waits can be
 #       cancelled, or stolen by an idle worker, without a message to anybody.
 #   How long.  A result stays while a client wants it or an unfinished task needs it.  The call
@@ -865,7 +865,7 @@ class ClientMind(FetchingMind):
 # The costs are guesses, and are only compared with each other: a wrong one makes a task start
 # somewhat later than it could, never a result wrong.
 
-ROOM_US = 1_000  # known-short work sent ahead of a thread that is busy: it hides a round trip
+ROOM_US = 1_000  # work, known to be short, that a busy thread is sent early: it hides a round trip
 UNKNOWN_US = 500_000  # what a task of an unmeasured function is taken for
 # dask: measures how fast workers transfer.
 TRANSFER_US = 1_000  # what any transfer costs, ...
@@ -900,10 +900,11 @@ class TaskState:
     who_wants: "dict[ClientState, None] | tuple[()]" = ()  # transpose: ClientState.wants_what
     waiters: "dict[TaskState, None] | tuple[()]" = ()
 
-    # In "waiting", "queued", "no-worker": the dependencies without a value.  No transpose of
-    # ``waiters``: a task stays a waiter of a dependency that has its value.
+    # In "waiting" only: the dependencies without a value.  (What loses one in "queued" or
+    # "no-worker" goes back to "waiting".)  No transpose of ``waiters``: a task stays a waiter of a
+    # dependency that has its value.
     waiting_on: "dict[TaskState, None] | tuple[()]" = ()
-    # In "queued" only: where it waits, and for how long it is expected to run.
+    # In "queued" only: where it waits, and (in a worker's queue) how long it is expected to run.
     queue: "HeapSet | None" = None
     estimate_us: int = 0
     # In "processing" only.  Transpose: WorkerState.processing, and for data WorkerState.arriving.
@@ -915,7 +916,7 @@ class TaskState:
     who_has: "dict[WorkerState, None] | tuple[()]" = ()  # transpose: WorkerState.has_what
     copying: "dict[int, WorkerState] | tuple[()]" = ()  # transpose: WorkerState.arriving
     targets: "list[WorkerState] | tuple[()]" = ()  # which workers will be sent copies after those
-    nbytes: int = 0  # (of data it is known before; and so is its type)
+    nbytes: int = 0  # (both are known of data before, and are kept when a value is lost)
     type: str = ""
     value: tuple = ()  # frames that came with the news, until the clients were told
     # In "erred" only, or on the way there: (frames, or none where nothing was pickled; kind; words)
@@ -952,12 +953,12 @@ class WorkerState:
     queue: "HeapSet | None" = None  # what waits for this very worker
     nbytes: int = 0  # sum over has_what
     occupancy: int = 0  # microseconds of work, sent or queued
-    taken_us: int = 0  # how much of its room is: by each attempt, ROOM_US at most
+    taken_us: int = 0  # how much of its room is taken: by each attempt, ROOM_US at most
     load: int = 0  # which of SchedulerMind.by_load it stands in
     # Why it is sent less, or nothing:
     alone: bool = False  # what runs there is a suspect, beside which nothing is sent
     late: bool = False  # it gave back what had waited too long behind something that still runs
-    leaving: "list[TaskState] | None" = None  # it is, and these are copied first: see ``may_go``
+    leaving: "list[TaskState] | None" = None  # if it leaves: what is copied before (``may_go``)
 
     @property
     def address(self):
@@ -1033,7 +1034,7 @@ class SchedulerMind(Mind):
     # Stimuli: clients.
 
     def stimulus_register_client(self, client, wants):
-        """A client joins.  It is told after how much silence a peer is taken for dead."""
+        """A client joins.  (It gets a worker's answer, but its own silence never counts.)"""
         self.clients[client] = ClientState(client, {})
         self.news.append(f"Client {client} joined")
         self.send(client, "registered", self.ttl_us)
@@ -1045,7 +1046,8 @@ class SchedulerMind(Mind):
         ``options`` are ``workers``, ``loose`` and ``retries``.
 
         A key may be known, from another client or as what something else is made from: then this is
-        one more want of that task, which keeps its first call, priority and restrictions.
+        one more want of that task, which keeps its first call, priority and restrictions.  Whoever
+        submits another call under that key is warned.
         """
         cs = self.clients[client]
         for input_key, number in inputs:
@@ -1121,7 +1123,7 @@ class SchedulerMind(Mind):
         """A client cancels tasks, and with them those that depend on them.
 
         Another client's wants are left alone, unless ``force``.  A cancel is no more than that:
-        wants end, and who had them is told.  What nobody needs then, goes by itself.
+        wants end, and who had them is told.  What nobody needs then goes by itself.
         """
         cs = self.clients[client]
         for key, want in names:
@@ -1184,9 +1186,9 @@ class SchedulerMind(Mind):
 
         It always gets an answer: who holds the value now, or the notice of a loss, which may cross
         this message.  What can be computed again is (``strike``).  Of data that this client cannot
-        reach, a copy is made where it can perhaps; and one for the holder itself, which gives that
-        back at once if it is alive.  If it is dead without our knowing it, there will be the loss
-        to tell, and not the link.  After some such rounds the fetch errs.
+        reach, a copy is made where it perhaps can.  The holder itself is sent one, too, to see
+        whether it lives: then that comes back at once.  If it is dead, we hear of that instead,
+        and have a loss to tell, and no broken link.  After some such rounds the fetch errs.
         """
         cs = self.clients[client]
         ts = self.wanted_by(cs, key, want)
@@ -1449,7 +1451,8 @@ class SchedulerMind(Mind):
     # a message.  What waits here can be decided anew until the last moment.
     #
     # For a task without inputs all workers are alike: it waits in the common queue.  One with
-    # inputs, or a suspect, waits for the worker where it would start first; others may steal it.
+    # inputs or restrictions, or a suspect, waits for the worker where it would start first; others
+    # may steal it.
     # ``settle`` empties both: each worker that may have got room takes from its own queue and the
     # common one, whichever head goes first; then the common queue's head goes to who has room.
 
@@ -1548,7 +1551,7 @@ class SchedulerMind(Mind):
         would start here (its inputs have to be moved) with the work that it would wait for there.
         So tiny tasks on one worker's large data stay there, and slow ones spread.  Nothing was
         sent yet, so the victim need not be asked.  A few victims are looked at, and of each the
-        head; one whose input was stuck at its holder stays, since it could not be moved before.
+        head; one with an input that is *stuck* (``strike``) stays, since that could not be moved.
         """
         # dask: takes back what was sent already, so it has to ask the victim, who may have begun.
         for victim in list(islice(self.crowded, LIMITS["holders"])):
@@ -1670,7 +1673,7 @@ class SchedulerMind(Mind):
     # and a mark.
 
     def enter_released(self, ts):
-        """Nobody needs it.  An attempt that is under way is abandoned, and runs to its end."""
+        """Nobody needs it.  (``leave_processing`` has abandoned an attempt that was under way.)"""
         self.stop_needing(ts)
         ts.attempt = 0
         self.leave_erred(ts)
@@ -1693,7 +1696,7 @@ class SchedulerMind(Mind):
         ts.waiting_on = ()
 
     def enter_queued(self, ts):
-        """It can run: it waits for room, on the worker that holds its inputs or on any.
+        """It can run: it waits for room, on the worker where it would start first or on any.
 
         In a worker's queue it counts as work that waits there (``occupancy``), so that the next one
         is placed elsewhere when that is enough.  The estimate is kept, since the function may be
@@ -1940,9 +1943,9 @@ class SchedulerMind(Mind):
         """Enter an attempt into a worker's books, or strike it out; find the worker's load.
 
         ``sign`` is +1, -1, or 0 where only the load may be another.  An attempt counts with what
-        its function was known to take when it was sent, however long it takes in the end.  So much
-        it takes of the room, too; if it is not known to be short, then all that a thread has.
-        Beside a suspect, and on a worker that is late, there is no room.
+        its function was known to take when it was sent, however long it takes in the end.  It takes
+        as much of the room; but if it is not short, all that one thread has, ROOM_US.  Beside a
+        suspect, and on a worker that is late, there is no room.
         """
         ws.occupancy += sign * duration_us
         ws.taken_us += sign * min(duration_us, ROOM_US)
@@ -2349,7 +2352,7 @@ class WorkerMind(FetchingMind):
     def stimulus_time_passes(self, now_us):
         """What has been ready for too long, behind something that takes long, goes back.
 
-        Only its thread could have told the scheduler that what runs was expected to be short.  What
+        The scheduler took what runs to be short, and would learn otherwise only at its end.  What
         still waits for an input stays, since it would wait for that elsewhere, too.
         """
         for attempt in self.ready:
