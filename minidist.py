@@ -2513,9 +2513,10 @@ class WorkerMind(FetchingMind):
 
 # ---- 5. Wire: pack, read_batch, Connection, the handshake ----
 #
-# Nothing else in this file knows bytes.  A batch is its header's size, a JSON header
-# ``[messages, sizes of frames]`` and the binary frames.  JSON, because a reader can watch it go
-# by, and because parsing it can run no code.
+# Nothing else in this file knows how messages become bytes.  A batch is its header's size, a JSON
+# header ``[messages, sizes of frames]`` and the binary frames.  JSON, because a reader can watch it
+# go by, and because parsing it can run no code.  (From here on, a *task* that reads, writes or
+# serves is one of asyncio's.)
 #
 #       +--------------+---------------------------+---------+---------+
 #       | header bytes | [[["op", ...], ...], [s]] | frame 0 | frame 1 | ...
@@ -2635,7 +2636,7 @@ class Connection:
         """Shake hands, and then send what waits.  Raises what ``shake_hands`` does.
 
         Within a time limit: else whoever connects and says nothing would cost us a task for ever.
-        (Not by wait_for, here and below: if that is cancelled just when it is done, it goes on.)
+        (Not by wait_for, here and below: cancelled just when it is done, it forgets that it was.)
         """
         try:
             async with asyncio.timeout(LIMITS["handshake_seconds"]):
@@ -2753,8 +2754,9 @@ REFUSAL = "wrong secret: set MINIDIST_TOKEN, or copy ~/.minidist/token, so that 
 async def shake_hands(reader, writer, role, worker, accepting):
     """Returns the kind of peer at the other end.
 
-    Raises PermissionError if it has another secret, protocol or version of Python (cloudpickle
-    sends functions as bytecode, which differs), ConnectionError if it is another worker process.
+    Raises PermissionError if that does not speak minidist, or has another secret, protocol or
+    version of Python (cloudpickle sends functions as bytecode, which differs), ConnectionError if
+    it is another worker process, EOFError if it hangs up.
     """
     version, meant = sys.version_info[:2], hashlib.sha256(worker.encode()).digest()
     mine = HELLO.pack(MAGIC, PROTOCOL, *version, ROLES.index(role), os.urandom(32), meant)
@@ -3345,7 +3347,7 @@ async def reach_scheduler(address, body, timeout):
 # it answered; ``replay`` finds the line after which a mind of today says something else, or its
 # books do not balance.  What users computed is not in the file: frames stand there as digests.
 #
-# dask: the same; its scheduler's handlers and its state are one class.
+# dask: one process and one thread, too; but its scheduler's handlers and state are one object.
 
 
 class Scheduler(Body):
@@ -3354,7 +3356,8 @@ class Scheduler(Body):
     ``host`` and ``port`` say where it listens; port 0 is any that is free.  A worker that gives no
     sign of life for ``worker_ttl`` seconds is dead.  ``record`` is a file for ``replay``.  An
     ``async with`` starts and closes it.  ``address`` is what workers and clients connect to,
-    ``state`` the mind.  Raises OSError if the port is taken.
+    ``state`` the mind; the event ``ended`` is set when a client has shut the cluster down, and
+    then it should be closed.  Raises OSError if the port is taken.
 
         async with Scheduler() as scheduler, Worker(scheduler.address):
             async with Client(scheduler.address, asynchronous=True) as client:
@@ -3403,7 +3406,7 @@ class Scheduler(Body):
         self.ended.set()
 
     async def tell_time(self):
-        """The mind has no clock; it is told the time often enough to miss who is silent.
+        """The mind has no clock; it is told the time often enough to notice who is silent.
 
         The time that this process has lived through, and no clock's: while it was stopped itself
         (Ctrl-Z, a laptop that sleeps) nobody could be heard.  Each byte is a sign of life: on a
@@ -3860,7 +3863,7 @@ def pack_result(key, result):
 # two lines of the user's thread; after an append, there is nothing that it could leave half done.
 #
 # Calls that wait are coroutines.  An asynchronous client returns them; a synchronous one, whose
-# loop runs in another thread, waits for them there: ``Threaded._run`` is all the difference.
+# loop runs in another thread, waits for them there: see ``Threaded._run``.
 #
 # Names and meanings are those of dask.distributed: ``from dask.distributed import Client`` is the
 # way to a bigger cluster.
@@ -3986,7 +3989,8 @@ class Future(Shown):
     def traceback(self, timeout=None):
         """Wait; return the traceback of ``exception()``: its frames name the worker's code.
 
-        None if it raised nothing.  Takes and raises what ``exception`` does.
+        None if it raised nothing, or was no Python code, which alone has frames (``int("x")``).
+        Takes and raises what ``exception`` does.
         """
         return self._get(lambda state: getattr(failure(state), "__traceback__", None), timeout)
 
@@ -4306,8 +4310,8 @@ class Client(Threaded, Body):
         """End the whole cluster, and close.
 
         The scheduler says good-bye to its workers and ends; other clients' pending futures are
-        cancelled.  Raises RuntimeError if this client is closed, ConnectionError if the scheduler
-        was lost.
+        cancelled.  (A ``Scheduler`` that your own program has started ends when you close it.)
+        Raises RuntimeError if this client is closed, ConnectionError if the scheduler was lost.
         """
         self._check_open()
         self._post(self.state.send, SCHEDULER, "shutdown")
@@ -4456,8 +4460,9 @@ class Client(Threaded, Body):
         Of two tasks that can run, the one of higher ``priority`` (0) goes first.  ``workers``
         names those that may run it (an address, a host, a name, or a list of them; others too
         while there is none of these if ``allow_other_workers``).  After an exception it is tried
-        again up to ``retries`` times.  Raises TypeError or ValueError for what cannot be pickled,
-        or for a bad option.
+        again up to ``retries`` times.  Raises TypeError for what cannot be pickled, TypeError or
+        ValueError for a bad option, ValueError for a future that is another client's or released,
+        RuntimeError if this client is closed, ConnectionError if the scheduler is lost.
 
         Say ``pure=False`` of what gives another result each time (a random number, the time), or
         is called for what it does.  It may run more than once all the same: if its worker dies
@@ -4577,7 +4582,8 @@ class Client(Threaded, Body):
         name the tasks; anything else is one value.  Items go round robin, or to ``workers``; with
         ``broadcast``, each goes to all of them.  Equal data shares a key, unless not ``hash``.  It
         always goes directly to the workers, whatever ``direct``.  Scattered data cannot be computed
-        again.  Raises TimeoutError if there is no worker to hold it within ``timeout`` seconds.
+        again.  Raises TimeoutError if no worker holds it within ``timeout`` seconds (if None, the
+        client's), TypeError for an iterator, a future, or what cannot be pickled.
 
         For what many calls need: an argument travels by the scheduler, with each call again.
         """
@@ -4627,7 +4633,7 @@ class Client(Threaded, Body):
         ``errors="raise"`` raises the first exception; ``errors="skip"`` leaves what failed out of
         lists, and puts None in its place elsewhere.  Results come directly from the workers,
         whatever ``direct``.  Raises the first failed task's own exception, without waiting for the
-        others; CancelledError for one that was cancelled.
+        others; CancelledError for one that was cancelled; ValueError for another client's.
 
         All of it comes here: if that is much, submit a call that needs only a part of it.
         """
@@ -4759,7 +4765,8 @@ class Client(Threaded, Body):
         """The transitions of tasks: [(key, start, finish, attempt, worker)]
 
         ``keys`` are keys or futures.  The scheduler remembers the last transitions of all tasks.
-        ``attempt`` is 0, and ``worker`` an empty string, where there is none.
+        ``worker`` is the worker's id: its address, and what tells it from a later one there.  It
+        is an empty string, and ``attempt`` 0, where there is none.
         This is where to look when something runs twice, late, or not at all.
         """
         return self._then(lambda facts: list(facts.values()), self._ask, "story", keys_of(keys))
@@ -4921,7 +4928,7 @@ def fire_and_forget(obj):
 def wait(fs, timeout=None, return_when=ALL_COMPLETED):
     """Wait for futures: ``(done, not_done)``, two sets.
 
-    ``fs`` is a collection of futures.
+    ``fs`` is a collection of futures of one client.
     ``return_when`` is ALL_COMPLETED, FIRST_COMPLETED or (beyond dask) FIRST_EXCEPTION.
     Raises TimeoutError after ``timeout``, CancelledError if one of them was cancelled; errors of
     tasks are not raised.  No result is fetched.
@@ -4951,8 +4958,8 @@ class as_completed:
 
     A future is yielded as often as it was given, cancelled ones too.  ``with_results`` yields
     pairs with the results; an error is then raised, or (not ``raise_errors``) its type, itself and
-    its traceback stand in the result's place.  After ``timeout`` seconds, counted from here,
-    TimeoutError is raised.
+    its traceback stand in the result's place.  There a cancelled one has its CancelledError, which
+    is not raised.  ``timeout`` seconds after this call, TimeoutError is raised.
 
     More futures may be added meanwhile: those of calls that a result makes worth trying.  Futures
     of one iterator belong to one client.  (``loop`` has no effect; dask has it.)
@@ -5142,9 +5149,9 @@ def progress(*futures, notebook=None, multi=True, complete=True):
 
     ``futures`` may be nested in containers.  Returns None (outside of notebooks, for futures of an
     asynchronous client: an awaitable).
-    In a terminal, on standard error, this waits until they are done; so does it, without a bar,
-    where there is no terminal.  In a notebook (``notebook=None`` finds out) it returns at once,
-    and the bars go on.  ``complete=False`` leaves out what is done already.
+    In a terminal, on standard error, this waits until they are done; where there is no terminal it
+    waits, too, without a bar.  In a notebook (``notebook=None`` finds out) it returns at once, and
+    the bars go on.  ``complete=False`` leaves out what is done already.
     """
     # dask: has a single bar in a terminal, and in a notebook a widget, which it returns.
     futures = futures_of(map(listed, futures))
@@ -5164,9 +5171,9 @@ def progress(*futures, notebook=None, multi=True, complete=True):
 # ---- 10. Local cluster: processes of the very same command line, watched and restarted ----
 #
 # Worker processes are started as commands, not forked or spawned from the user's script: so no
-# script needs an ``if __name__ == "__main__"``, and no lock or thread of it is copied.  Each holds
-# the other end of its standard input in this process, and ends when that does, however it ends:
-# the kernel closes a pipe even after ``kill -9``, and nobody has to be alive to say so.
+# script needs ``if __name__ == "__main__"``, and no lock or thread of it is copied.  The standard
+# input of each is a pipe from this process, and it ends when that does: the kernel closes a pipe
+# even after ``kill -9``, and nobody has to be alive to say so.
 #
 # dask: spawns from the user's script; what watches and restarts a worker's process is its nanny.
 
@@ -5174,9 +5181,11 @@ def progress(*futures, notebook=None, multi=True, complete=True):
 class LocalCluster(Threaded):
     """A scheduler in this process, and workers: processes of their own, or threads here.
 
-    ``n_workers`` (one for each core) of ``threads_per_worker`` (1); ``processes=False`` makes one
-    worker with a thread for each core.  A worker process that is lost is replaced, and each ends
-    when this process does, however that ends.  What can be imported here can be there.
+    ``n_workers`` workers with ``threads_per_worker`` threads each.  If both are left out, there is
+    a single-threaded worker for each core (``processes=False``: one worker, with all the threads);
+    if one is, as many as make a thread for each core in all.  A worker process that is lost is
+    replaced, and each ends when this process does, however that ends.  What can be imported here
+    can be there.
 
     ``options`` are those of ``Scheduler``: with ``host="0.0.0.0"``, clients and workers on other
     machines can join.  ``address`` is its scheduler's, ``scheduler`` the scheduler itself, whose
