@@ -82,7 +82,8 @@ import cloudpickle
 # The words that the other chapters share.  A *task* is a call with a key.  An *attempt* is one try
 # to compute a task on one worker; the scheduler numbers it.  A *want* is a client's wish to have
 # a task's result; the client numbers it.  A *value* is named ``(key, attempt)``, so that two
-# results for one key can never be taken for each other.
+# results for one key can never be taken for each other; a *holder* is a worker that has it.  A
+# *stimulus* is a method that tells a mind one thing that has happened, mostly a message.
 #
 # Messages cross.  While a client drops its last future of a key and submits the key again, the
 # first result may be on its way to it, and the first attempt still running.  Three rules settle
@@ -121,7 +122,7 @@ SCHEDULER = "scheduler"  # the peer, seen from clients and workers
 # All that is ever said.  A message is a list: its op, then its fields in the order of its line
 # here, and in that order its stimulus takes them, after the peer from which it came.  So to read a
 # stimulus, start from its message's line.  Whatever comes in is checked against that.  (To write
-# the names of the fields into each message would double the time to pack and to read it.)
+# the names of the fields into each message would more than double the time to pack and read it.)
 #
 # A ``key`` stands nowhere without a number beside it, but for a query: ``want`` where the client
 # counts, ``attempt`` where the scheduler does; ``names`` are such pairs.  ``places`` are an
@@ -569,7 +570,7 @@ class ClientMind(FetchingMind):
         super().__init__()
         self.futures = {}  # {key: FutureState}: what is wanted now
         self.puts = {}  # {FutureState: (worker, attempt)}: where its data is being put
-        self.news = []  # FutureStates that changed, for the body to wake who waits for them
+        self.news = []  # FutureStates that changed: its body wakes those who wait for them
 
     def stimulus_submit(
         self, key, name, run_spec, inputs, priority, workers=(), loose=False, retries=0
@@ -1341,7 +1342,7 @@ class SchedulerMind(Mind):
     def suspect(self, ts, departed, blamed):
         """``ts`` was on a worker that died; ``departed`` says which one, and how.
 
-        Which of several did it nobody knows: from now on, each runs alone.  Only one that was
+        Which of several did it, nobody knows: from now on, each runs alone.  Only one that was
         alone is blamed, so that no innocent one fails with it.
 
         Were all of them blamed, a long task that shares its worker with a killer, and is placed
@@ -2122,7 +2123,7 @@ class SchedulerMind(Mind):
         return [ws.id for ws in islice(ts.who_has, LIMITS["holders"])]
 
     def tell(self, cs, ts):
-        """Tell a client how a task of its ended, if it did.
+        """Tell a client how a task that it wants has ended, if it has.
 
         While copies of it are being made, they are waited for: so a scatter with ``broadcast``
         returns when each worker has it, and who could not fetch it is told of the new holder.
@@ -2596,8 +2597,8 @@ async def read_large(reader, size):
     """A large frame, in a writable buffer, which grows with what has come.
 
     ``readexactly`` would collect it in the stream's own buffer, which then is far over its limit
-    and is moved at each step, and copy it once more: a third of the speed at 100 MB.  (A buffer of
-    its full size is filled with zeros first, which takes as long as to fill it.)
+    and is moved at each step, and copy it once more: at 100 MB, a quarter of the speed.  (A buffer
+    of its full size is filled with zeros first, which takes as long as to fill it.)
     """
     frame = bytearray()
     while len(frame) < size:
@@ -2735,8 +2736,9 @@ class Connection:
 
 # The handshake, before anything else: fixed sizes, and a time limit.  Both sides say hello, which
 # names the worker process that is meant (ports are reused); then both prove that they hold the
-# secret, the connector first: so nobody gets a proof, to guess the secret from at leisure, without
-# having it.  (HMAC challenge and response as in multiprocessing.connection.)
+# secret, the connector first: so nobody gets a proof, to guess the secret from at leisure, by just
+# connecting.  (Who listens in a scheduler's place gets one: a secret has to be long, as ours is.)
+# This is HMAC challenge and response, as in multiprocessing.connection.
 #
 # A proof is a digest, with the secret as its key, of both hellos and of who speaks.  The hellos
 # contain a random number from each side, so that a proof that was overheard is good for nothing;
@@ -3156,7 +3158,7 @@ class Body(Entered):
     id = ""  # the worker process that whoever connects has to mean
 
     def __init__(self, mind):
-        self.state = mind
+        self.state = mind  # (No record's state: the word is dask's, for what a worker's mind is.)
         self.links = {}  # {peer: Connection}
         self.tasks = set()  # of asyncio, cancelled when it ends
         self.lock = contextlib.nullcontext()  # around the mind
@@ -3220,7 +3222,7 @@ class Body(Entered):
                     self.flush()
                     batch = await connection.receive()
         finally:
-            self.links.pop(peer, None)  # (A client that closes has done so.)
+            self.links.pop(peer, None)  # (None: a client that closes has taken it out itself.)
             connection.writer.close()
 
     def take(self, peer, op, fields):
@@ -5033,7 +5035,7 @@ class as_completed:
             yield self.next_batch()
 
     async def _wait(self):
-        """Wait until one is done, or none is left.  (What the event told of may be taken since.)"""
+        """Wait until one is done, or none is left.  (Another thread may be faster to take it.)"""
         while self._left and not self._ready:
             self._news.clear()
             news = asyncio.ensure_future(self._news.wait())
@@ -5182,10 +5184,10 @@ class LocalCluster(Threaded):
     """A scheduler in this process, and workers: processes of their own, or threads here.
 
     ``n_workers`` workers with ``threads_per_worker`` threads each.  If both are left out, there is
-    a single-threaded worker for each core (``processes=False``: one worker, with all the threads);
-    if one is, as many as make a thread for each core in all.  A worker process that is lost is
-    replaced, and each ends when this process does, however that ends.  What can be imported here
-    can be there.
+    a single-threaded worker for each core; if one is, as many as make a thread for each core in
+    all.  With ``processes=False`` there is one worker, unless ``n_workers`` says otherwise.  A
+    worker process that is lost is replaced, and each ends when this process does, however that
+    ends.  What can be imported here can be there.
 
     ``options`` are those of ``Scheduler``: with ``host="0.0.0.0"``, clients and workers on other
     machines can join.  ``address`` is its scheduler's, ``scheduler`` the scheduler itself, whose

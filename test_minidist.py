@@ -2,6 +2,7 @@
 
 Each test's name is one claim.  The chapters follow those of ``minidist.py``.
 
+    0     The map: what the module says of itself
     1     Vocabulary: messages, queues, and what chapters 1 to 4 may not know
     2     Client mind: a transcript for each claim
     3     Scheduler mind: transcripts
@@ -1226,8 +1227,8 @@ def honesty(cluster):
 def no_live_future_is_cancelled(cluster):
     """A future is cancelled only if somebody cancelled it, or data that it rests on was lost.
 
-    (Or let go: then a retry has nothing to compute it from.)
-    Or what it is made from was cancelled; and its message says which it was.
+    (Or let go: then a retry has nothing to compute it from.)  Or something that it is made from was
+    cancelled.  Its message says which of these it was.
     """
     for client, state in cluster.news:
         if state.status == "cancelled" and state in cluster.held.get(client, ()):
@@ -1585,7 +1586,7 @@ def adopt(scheduler, ts, attempt):
 
 
 def is_caught_by(promise):
-    """Whether a history of the usual number breaks this very property."""
+    """Whether one of the histories that a test run goes through breaks this very property."""
     for seed in range(HISTORIES):
         try:
             a_deep_history(seed)
