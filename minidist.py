@@ -79,11 +79,12 @@ import cloudpickle
 
 # ---- 1. Vocabulary: LIMITS, MESSAGES, check_message, HeapSet, Mind, FetchingMind ----
 #
-# The words that the other chapters share.  A *task* is a call with a key.  An *attempt* is one try
-# to compute a task on one worker; the scheduler numbers it.  A *want* is a client's wish to have
-# a task's result; the client numbers it.  A *value* is named ``(key, attempt)``, so that two
-# results for one key can never be taken for each other; a *holder* is a worker that has it.  A
-# *stimulus* is a method that tells a mind one thing that has happened, mostly a message.
+# The words that the other chapters share.  A *task* is a call, or data that was scattered, with a
+# key.  An *attempt* is one try to get its value onto one worker, mostly by computing it there; the
+# scheduler numbers it.  A *want* is a client's wish to have a task's result; the client numbers it.
+# A *value* is named ``(key, attempt)``, so that two results for one key can never be taken for each
+# other; a *holder* is a worker that has that value.  A *stimulus* is a method that tells a mind one
+# thing that has happened, mostly a message.
 #
 # Messages cross.  While a client drops its last future of a key and submits the key again, the
 # first result may be on its way to it, and the first attempt still running.  Three rules settle
@@ -315,7 +316,7 @@ class HeapSet(dict):
 
 
 class Mind:
-    """What the three minds have in common: an outbox, and a loop that is *level-triggered*.
+    """What the minds share: an outbox, and (but for the client's) a loop that is *level-triggered*.
 
     A stimulus changes facts (somebody wants a task, a worker is gone) and marks the records
     concerned.  ``settle`` then asks of each marked record what it should be now (its ``goal``) and
@@ -3244,7 +3245,7 @@ class Body(Entered):
     def flush(self):
         """Send what the mind has in its outbox.
 
-        Whoever gives the mind a stimulus calls this after it: nothing is sent from inside one.
+        Who gives the mind a stimulus calls this after it (a thread: ``wake``): none of them sends.
         Workers and clients connect to a holder of values when there is something to say to it.
         """
         with self.lock:

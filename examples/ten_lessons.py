@@ -28,7 +28,7 @@ class Timer:
 
 
 def until(condition, timeout=5):
-    """Come back when ``condition()`` holds: for what no future can be waited for."""
+    """Come back when ``condition()`` holds, where there is no future to wait for."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s"
