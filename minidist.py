@@ -4229,7 +4229,8 @@ class Client(Threaded, Body):
     with the client.  As a context manager it closes itself.  With ``asynchronous=True`` it
     lives in the running event loop: use ``async with`` (or ``await`` it); methods that wait return
     awaitables, and futures can be awaited.  Otherwise its loop runs in a thread, so that it
-    works in notebooks.  Raises OSError if no scheduler is there, PermissionError if it refuses us.
+    works in notebooks.  Raises OSError if no scheduler is there, PermissionError if it refuses us,
+    ValueError for what is no address.
 
         with Client("127.0.0.1:8786") as client:    # or Client(), Client(n_workers=4)
             squares = client.map(lambda x: x * x, range(100))
@@ -5303,9 +5304,10 @@ async def describe_exit(process):
 # ---- 12. Command line ----
 #
 # A cluster by hand: one terminal for the scheduler, one for each worker.  A process ends with exit
-# code 0 if it was asked to end (Ctrl-C, SIGTERM, a client's ``shutdown``), and with 1 and one line
-# that says why if it could not go on.  What it says for programs to read (its address) goes to
-# standard output, flushed at once; what happens meanwhile, to standard error.
+# code 0 if it was asked to end (Ctrl-C, SIGTERM, a client's ``shutdown``), with 1 and one line that
+# says why if it could not go on, and with 2 if its arguments make no sense.  What it says for
+# programs to read (its address) goes to standard output, flushed at once; what happens meanwhile,
+# to standard error.
 
 DEFAULT_PORT = 8786
 LEVELS = ("debug", "info", "warning", "error")
