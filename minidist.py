@@ -551,7 +551,7 @@ class FutureState:
     # Set in "error" and "cancelled": why.
     text: str = ""
 
-    # Of scattered data, in "pending" only: its frames.
+    # Of scattered data: its frames, until it is where it was to be put.
     data: tuple = ()
 
     @property
@@ -612,11 +612,8 @@ class ClientMind(FetchingMind):
             if broadcast and state.status != "error":
                 # It may be on one worker only.  That is a new want: should it have been lost or
                 # cancelled meanwhile, then this client gives it once more; of what is here, the
-                # very value that users have seen, which comes back only if it is asked for again.
-                self.wanted.pop((key, state.attempt), None)
-                state.want, state.data, state.value = self.next_number(), state.value or data, ()
-                state.asked = False
-                self.become(state, "pending")
+                # very value that users have seen.
+                state.want, state.data = self.next_number(), state.value or data
                 self.send(SCHEDULER, "scatter", key, state.want, nbytes, type, workers, True)
             return state
         self.futures[key] = state = FutureState(key, self.next_number(), data=data)
@@ -657,7 +654,7 @@ class ClientMind(FetchingMind):
         for state in states:
             if self.futures.get(state.key) is state:
                 self.send(SCHEDULER, "cancel-keys", [(state.key, state.want)], force)
-                self.let_go(state, "it was cancelled here", kept=bool(state.value))
+                self.let_go(state, "it was cancelled here")
 
     def stimulus_retry(self, states):
         """The user wants tasks that failed once more: each is a new want.
@@ -667,7 +664,7 @@ class ClientMind(FetchingMind):
         """
         for state in states:
             if self.futures.get(state.key) is state and state.status == "error":
-                state.want, state.exception = self.next_number(), ()
+                state.want = self.next_number()
                 self.send(SCHEDULER, "retry", state.key, state.want)
                 self.become(state, "pending")
 
@@ -685,7 +682,7 @@ class ClientMind(FetchingMind):
         # A cancelled state left the table before: it is let go silently, and what bears its key
         # now is another want.
         if not state.count and self.futures.get(state.key) is state:
-            self.let_go(state, "its last future was released", kept=state.final)
+            self.let_go(state, "its last future was released", kept="error")
             self.send_name(SCHEDULER, "release-keys", (state.key, state.want))
 
     def stimulus_ask(self, states):
@@ -706,8 +703,9 @@ class ClientMind(FetchingMind):
         """
         if state := self.current(key, want):
             state.attempt, state.nbytes, state.type = attempt, nbytes, type
-            state.holders, state.value = holders, value
+            state.holders = holders
             self.become(state, "finished")
+            state.value = state.value or value
             self.fetch(state)
 
     def stimulus_key_lost(self, peer, key, want):
@@ -725,7 +723,6 @@ class ClientMind(FetchingMind):
         """
         state = self.futures.get(key)
         if state is not None and state.want == want and state.status == "error":
-            state.exception = ()
             self.become(state, "pending")
 
     def stimulus_key_erred(self, peer, key, want, exception, type, text):
@@ -736,8 +733,8 @@ class ClientMind(FetchingMind):
         ``text`` say what happened.
         """
         if state := self.current(key, want):
-            state.exception, state.type = exception, type
-            self.become(state, "error", text)
+            state.type = type
+            self.become(state, "error", text, exception)
 
     def stimulus_key_cancelled(self, peer, key, want, text):
         """The scheduler does not know this want any more.
@@ -746,7 +743,7 @@ class ClientMind(FetchingMind):
         """
         state = self.futures.get(key)
         if state is not None and state.want == want:
-            self.let_go(state, text, kept=state.final)
+            self.let_go(state, text, kept="error")
 
     def stimulus_scheduler_left(self, text):
         """The stream ended: nothing that is not here yet will come.
@@ -754,18 +751,17 @@ class ClientMind(FetchingMind):
         Not even values whose holders still live: workers end when their scheduler does.
         """
         for state in list(self.futures.values()):
-            if not state.final:
-                self.stimulus_key_cancelled(SCHEDULER, state.key, state.want, text)
+            self.stimulus_key_cancelled(SCHEDULER, state.key, state.want, text)
 
     def current(self, key, want):
         """The state that a notice speaks of; what was being fetched for it is not any more.
 
         None if the notice is stale: while it was under way, the last future of its want was let
         go (and perhaps the key was wanted anew, under another number), or what is computed again
-        had reached this client.
+        had reached this client.  (But who scatters once more what is here, waits for the notice.)
         """
         state = self.futures.get(key)
-        if state is None or state.want != want or state.final:
+        if state is None or state.want != want or (state.final and not state.data):
             return None
         self.wanted.pop((key, state.attempt), None)
         return state
@@ -777,20 +773,23 @@ class ClientMind(FetchingMind):
             state.count += 1
         return state
 
-    def let_go(self, state, text, kept):
+    def let_go(self, state, text, kept=""):
         """It is not wanted any more; if its value is under way, that comes in vain.
 
-        Unless what it has become is ``kept``, it is cancelled from now on, and ``text`` says why.
+        Unless its status is one to be ``kept``, it is cancelled from now on; ``text`` says why.
         """
         del self.futures[state.key]
         self.wanted.pop((state.key, state.attempt), None)
-        if not kept:
-            state.exception = ()
+        if state.status != kept:
             self.become(state, "cancelled", text)
 
-    def become(self, state, status, text=""):
-        """What users see changes.  Data that has a place, or needs none, is not kept here."""
-        state.status, state.text = status, text
+    def become(self, state, status, text="", exception=()):
+        """What users see changes, unless its value is here: that is final.
+
+        Data that has a place by now, or needs none any more, is not kept here.
+        """
+        if not state.value:
+            state.status, state.text, state.exception = status, text, exception
         if state.data and status != "pending":
             state.data = ()
             self.puts.pop(state, None)
@@ -809,9 +808,9 @@ class ClientMind(FetchingMind):
         state = self.futures[name[0]]
         if ok:
             state.value = value
+            self.news.append(state)
         else:
-            state.exception = value
-        self.become(state, "finished" if ok else "error")
+            self.become(state, "error", exception=value)
 
     def missed(self, name, misses):
         """Tell the scheduler of a value that nobody gave; it will answer, or already has.
@@ -837,7 +836,7 @@ class ClientMind(FetchingMind):
             assert state.status != "finished" or state.attempt, state
             assert state.status != "error" or state.exception or state.text, state
             assert state.status == "error" or not state.exception, state
-            assert state.status == "pending" or not state.data, state
+            assert state.status != "error" or not state.data, state
             # C3. What somebody waits for is on its way exactly when it exists and is not here.
             waits = state.asked and state.status == "finished" and not state.value
             assert waits == ((key, state.attempt) in self.wanted), state
@@ -4088,7 +4087,9 @@ def settled(state, value=False):
     That a task has finished is one thing, and soon known; its value is fetched only if it is asked
     for: who waits for 1,000 tasks with ``wait`` gets 1,000 notices, and no large results.
     """
-    return bool(state.value) if value and state.status == "finished" else state.status != "pending"
+    if value and state.status == "finished":
+        return bool(state.value)
+    return state.status != "pending" and not state.data  # (Else it is being scattered once more.)
 
 
 def failed(state):

@@ -1557,7 +1557,7 @@ SchedulerMind.suspect | if blamed: | if True: | honesty
 SchedulerMind.most_load | return EMPTY | return FREE | the_books_balance
 # A cancel reaches too much.
 SchedulerMind.stimulus_cancel_keys | None if force else cs | None | no_live_future_is_cancelled
-ClientMind.stimulus_cancel | kept=bool(state.value) | kept=False | no_live_future_is_cancelled
+ClientMind.become | if not state.value: | if True: | no_live_future_is_cancelled
 # Work is done for nobody; or nobody does it.
 SchedulerMind.leave_processing | self.send(ts.processing_on.id, "give-back", [ts.attempt]) | 0 | no_needless_run
 SchedulerMind.stimulus_time_passes | now_us - ws.seen_us > self.ttl_us | False | no_needless_run

@@ -121,6 +121,9 @@ async def test_data_that_is_there_can_be_broadcast_later(c, a, b):
     again = await c.scatter({"d": 5}, broadcast=True)
     assert len((await c.who_has(again))["d"]) == 2
     assert await again["d"] == await data["d"] == 5
+    await c.scatter({"d": 5}, broadcast=True)
+    await c.close()
+    assert await again["d"] == await data["d"] == 5, "what was here stays here"
 
 
 @on_cluster

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+import minidist
 from minidist import ALLOWED_FAILURES, SCHEDULER, ClientMind
 from test_minidist import Scheduler, WorkerByHand, client_with_x, sent
 
@@ -288,13 +289,33 @@ def test_a_broadcast_of_data_that_is_known_is_a_new_want_of_it(value):
     again = (b"2",) if value else (b"1",)
     assert client.stimulus_scatter("x", again, 8, "int", [], True) is x
     ((_, op, fields),) = sent(client)
-    assert (op, fields["want"], fields["broadcast"], x.status) == ("scatter", 2, True, "pending")
+    assert (op, fields["want"], fields["broadcast"], x.status) == ("scatter", 2, True, "finished")
     client.stimulus_key_cancelled(SCHEDULER, "x", 1, "lost, while that was under way")
     client.stimulus_put(SCHEDULER, "x", 2, 6, "v")
     given = dict(key="x", attempt=6, value=(b"1",))
     assert sent(client) == [("v", "put-data", given)], "it is given once more"
+    assert x.data == (b"1",) and not minidist.settled(x), "until each worker has it"
     client.stimulus_key_in_memory(SCHEDULER, "x", 2, 6, 8, "int", ["v", "w"], ())
-    assert (x.status, sent(client)) == ("finished", []), "and fetched when somebody asks again"
+    assert minidist.settled(x) and (x.data, x.value, sent(client)) == ((), value, [])
+
+
+@pytest.mark.parametrize("notice", ["lost", "erred", "cancelled", "none"])
+def test_a_value_that_is_here_stays_here_while_it_is_broadcast_and_whatever_comes_of_that(notice):
+    client = ClientMind()
+    x = client.stimulus_scatter("x", (b"1",), 8, "int", [], False)
+    client.stimulus_key_in_memory(SCHEDULER, "x", 1, 5, 8, "int", ["w"], (b"1",))
+    client.stimulus_scatter("x", (b"1",), 8, "int", [], True)
+    if notice == "lost":
+        client.stimulus_key_lost(SCHEDULER, "x", 2)
+        assert not minidist.settled(x), "it is being put once more"
+    elif notice == "erred":
+        client.stimulus_key_erred(SCHEDULER, "x", 2, (b"error",), "", "")
+    elif notice == "cancelled":
+        client.stimulus_key_cancelled(SCHEDULER, "x", 2, "by another client")
+    client.validate()
+    client.stimulus_scheduler_left("closed")
+    client.validate()
+    assert (x.status, x.value) == ("finished", (b"1",)) and minidist.settled(x)
 
 
 def test_a_miss_at_a_worker_that_holds_the_value_no_longer_strikes_nothing():
