@@ -162,8 +162,8 @@ MESSAGES = {  # {op: "sender > receiver: fields"}; the fields' kinds are in FIEL
     "add-keys": "worker > scheduler: names",
     "free-keys": "scheduler > worker: names",
     "heartbeat": "worker > scheduler:",
-    "goodbye": "scheduler > worker:",
     # The scheduler and either.
+    "goodbye": "scheduler > client|worker:",
     "leave": "client|worker > scheduler:",
     "registered": "scheduler > client|worker: ttl_us",
     "refused": "scheduler > client|worker: text",
@@ -1216,10 +1216,10 @@ class SchedulerMind(Mind):
         self.send(client, "answer", number, getattr(self, f"facts_{what}")(keys))
 
     def stimulus_shutdown(self, client):
-        """The cluster ends: workers are told, so that they do not complain."""
+        """The cluster ends: workers do not complain, and clients wait no longer."""
         self.news.append(f"Client {client} ends the cluster")
-        for worker in self.workers:
-            self.send(worker, "goodbye")
+        for peer in (*self.workers, *self.clients):
+            self.send(peer, "goodbye")
 
     def facts_who_has(self, keys):
         tasks = [self.tasks[key] for key in keys or self.tasks if key in self.tasks]
@@ -3461,6 +3461,7 @@ class Scheduler(Body):
             self.stimulate(op, peer, *fields)
         if known and op == "shutdown":
             self.ended.set()
+            self.links[peer].loop.call_soon(self.server.close)  # When that has been logged.
 
     def stimulate(self, op, *args):
         """All that this mind is told goes through here; each time is one line of the recording."""
@@ -4314,8 +4315,8 @@ class Client(Threaded, Body):
     def shutdown(self):
         """End the whole cluster, and close.
 
-        The scheduler says good-bye to its workers and ends; other clients' pending futures are
-        cancelled.  (A ``Scheduler`` that your own program has started ends when you close it.)
+        The scheduler says good-bye to all and ends; other clients' pending futures are cancelled.
+        (A ``Scheduler`` that your own program has started still has to be closed.)
         Raises RuntimeError if this client is closed, ConnectionError if the scheduler was lost.
         """
         self._check_open()
@@ -4338,6 +4339,8 @@ class Client(Threaded, Body):
         """What a user asked for outside of futures, and warnings, are not the mind's business."""
         if op == "warning":
             logger.warning("%s", *fields)
+        elif op == "goodbye":
+            self._scheduler.hang_up()
         elif op in ("answer", "ran"):
             number, *answer = fields
             self._answers.pop(number).set_result(answer)  # Also if who asked waits no longer.

@@ -127,6 +127,18 @@ async def test_data_that_is_there_can_be_broadcast_later(c, a, b):
 
 
 @on_cluster
+async def test_a_shutdown_leaves_nobody_waiting_though_the_scheduler_is_not_closed(c, a, b):
+    async with Client(a.scheduler_address, asynchronous=True) as other:
+        waits, pending = other.submit(abs, -1, workers="nobody"), c.submit(abs, -2, workers="no")
+        await c.shutdown()
+        for future, why in [(waits, "the scheduler at .* is gone"), (pending, "closed")]:
+            with pytest.raises(minidist.CancelledError, match=why):
+                await future
+    with pytest.raises(ConnectionError, match="no scheduler"):
+        await Client(a.scheduler_address, asynchronous=True, timeout=0)
+
+
+@on_cluster
 async def test_an_asynchronous_client_needs_async_for(c, a, b):
     done = minidist.as_completed([c.submit(abs, -1)])
     with pytest.raises(TypeError, match="need async for"):

@@ -799,10 +799,10 @@ def test_an_answer_travels_as_it_is():
     assert travel(answer, "scheduler") == answer
 
 
-def test_a_shutdown_says_good_bye_to_every_worker():
+def test_a_shutdown_says_good_bye_to_everybody():
     s = Scheduler("v", "w")
     s.stimulus_shutdown("c")
-    assert [(peer, op) for peer, op, _ in sent(s)] == [("v", "goodbye"), ("w", "goodbye")]
+    assert [(peer, op) for peer, op, _ in sent(s)] == [(peer, "goodbye") for peer in "vwc"]
 
 
 # ---- The client's and the worker's mind ----
