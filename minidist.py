@@ -4977,8 +4977,7 @@ class as_completed:
         self, futures=None, loop=None, with_results=False, raise_errors=True, *, timeout=None
     ):
         self.with_results, self.raise_errors = with_results, raise_errors
-        timeout = seconds(timeout)
-        self._deadline = math.inf if timeout is None else time.monotonic() + timeout
+        self._deadline = time.monotonic() + seconds(math.inf if timeout is None else timeout)
         self._lock = threading.Lock()  # Threads may share it: one at a time takes what is next.
         self._news = asyncio.Event()  # set when something is ready, or nothing is left
         self.client = None
@@ -5053,8 +5052,10 @@ class as_completed:
             if not done:
                 raise TimeoutError(f"{self._left} futures are not done in time")
 
-    def _take(self):
-        """What is yielded for the next one that is done."""
+    def _take(self, end):
+        """What is yielded for the next one that is done; if none is left, ``end`` is raised."""
+        if not self._left:
+            raise end
         future = self._ready.popleft()
         self._left -= 1
         if not self._left:  # Others may share this iterator, and wait.
@@ -5078,9 +5079,7 @@ class as_completed:
                 if self.client.asynchronous:
                     raise TypeError("the futures of an asynchronous client need async for, not for")
                 self.client._run(self._wait())
-            if not self._left:
-                raise StopIteration
-            return self._take()
+            return self._take(StopIteration)
 
     def __aiter__(self):
         return self
@@ -5089,9 +5088,7 @@ class as_completed:
         if self._left and not self.client.asynchronous:
             raise TypeError("the futures of a synchronous client need for, not async for")
         await self._wait()
-        if not self._left:
-            raise StopAsyncIteration
-        return self._take()
+        return self._take(StopAsyncIteration)
 
 
 class Bars:
