@@ -4555,17 +4555,19 @@ class Client(Threaded, Body):
             warnings.warn(f"{text}: scatter large arguments first", stacklevel=3)
         name = function[2]
         if key is None:
-            key = pure_key(name, run_spec) if pure else self._new_key(name)
-
+            key = self._new_key(name, run_spec, pure)
         return self._begin(self._submit_now, key, name, run_spec, futures, *options)
 
     def _submit_now(self, key, name, run_spec, futures, *options):
         inputs = [future._state for future in futures]
         return self.state.stimulus_submit(key, name, run_spec, inputs, *options)
 
-    def _new_key(self, name):
-        """A key that nobody has.  (The kernel is asked for chance once: it takes microseconds.)"""
-        return f"{name}-{self._unique}{next(self._numbers)}"
+    def _new_key(self, name, frames, pure):
+        """A key that equal calls share, or (not ``pure``) one that nobody has.
+
+        (The kernel is asked for chance once: it takes microseconds.)
+        """
+        return pure_key(name, frames) if pure else f"{name}-{self._unique}{next(self._numbers)}"
 
     def _begin(self, stimulus, key, *fields):
         """A Future; the inbox brings what makes its state to the loop.
@@ -4602,8 +4604,7 @@ class Client(Threaded, Body):
         def scatter_one(item, key=None):
             frames = dump_part("what is scattered", item)
             if key is None:
-                name = type(item).__name__
-                key = pure_key(name, frames) if hash else self._new_key(name)
+                key = self._new_key(type(item).__name__, frames, hash)
             fields = (check_key(key), frames, sizeof(item), type_name(item), *options)
             return self._begin(self.state.stimulus_scatter, *fields)
 
