@@ -4333,7 +4333,7 @@ class Client(Threaded, Body):
     def _end(self, kind, text):
         """From now on, pending futures are cancelled, and new calls raise ``kind(text)``."""
         self._refusal = (kind, text)
-        self.happens("scheduler-left", text)
+        self.flush()
 
     def take(self, peer, op, fields):
         """What a user asked for outside of futures, and warnings, are not the mind's business."""
@@ -4360,6 +4360,8 @@ class Client(Threaded, Body):
         for _ in range(min(len(self._inbox), LIMITS["batch_messages"])):
             function, *arguments = self._inbox.popleft()
             function(*arguments)
+        if self._refusal:  # Nothing will come of what was wanted, nor of what was just posted.
+            self.state.stimulus_scheduler_left(self._refusal[1])
         if self._inbox:
             self.wake()
         super().flush()
@@ -4575,15 +4577,14 @@ class Client(Threaded, Body):
         The entry refers to the future, so that it cannot be deleted before its state is there.
         """
         future = Future(key, self)
-        self._post(self._make_state, future, stimulus, fields)
+
+        def begin():
+            future._state = stimulus(key, *fields)
+
+        self._post(begin)
         if threading.current_thread() is self._thread:
             self.flush()
         return future
-
-    def _make_state(self, future, stimulus, fields):
-        future._state = stimulus(future.key, *fields)
-        if self._refusal:  # The scheduler was lost after the call.
-            self.state.stimulus_scheduler_left(self._refusal[1])
 
     def scatter(self, data, workers=None, broadcast=False, direct=None, hash=True, timeout=None):
         """Put data on the workers; return futures of it, when it is there.

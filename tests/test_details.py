@@ -826,6 +826,17 @@ async def test_a_closed_client_keeps_its_values_cancels_the_rest_and_refuses_cal
 
 
 @on_cluster
+async def test_what_is_retried_just_when_the_scheduler_is_lost_is_cancelled(c, a, b):
+    failed = c.submit(int, "x")
+    await wait([failed])
+    retrying = failed.retry()  # In the inbox, and not yet read.
+    c._end(ConnectionError, "the scheduler is gone")
+    await retrying
+    with pytest.raises(minidist.CancelledError, match="is gone"):
+        await asyncio.wait_for(failed.result(), 10)
+
+
+@on_cluster
 async def test_who_stops_waiting_for_an_answer_can_ask_again(c, a, b):
     question = asyncio.ensure_future(c.who_has())
     await until(lambda: c._answers)
