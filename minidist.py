@@ -4244,7 +4244,7 @@ class Client(Threaded, Body):
     """
 
     role = "client"
-    _instances = []  # those that are open, and may be the current one
+    _instances = {}  # an ordered set of those that are open, and may be the current one
 
     def __init__(
         self, address=None, *, timeout=10, asynchronous=False, name=None, set_as_default=True, **new
@@ -4279,7 +4279,7 @@ class Client(Threaded, Body):
         self._scheduler.following = self.start(self._listen(batch))
         await self._ask("workers")
         if self._set_as_default:
-            Client._instances.append(self)
+            Client._instances[self] = None
 
     async def introduce(self, connection):
         """Nobody connects to a client: it says only who it is, and that it wants nothing."""
@@ -4291,12 +4291,11 @@ class Client(Threaded, Body):
         """The client that was opened last.  Raises ValueError if none is open."""
         if not cls._instances:
             raise ValueError("there is no client: make one with Client()")
-        return cls._instances[-1]
+        return next(reversed(cls._instances))
 
     async def _close(self):
         """What was posted still goes out; then what waits is told that it waits in vain."""
-        if self in Client._instances:
-            Client._instances.remove(self)
+        Client._instances.pop(self, None)
         if self._scheduler is not None:
             self._post(self.state.send, SCHEDULER, "leave")
             await self._catch_up()
