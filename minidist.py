@@ -4494,7 +4494,6 @@ class Client(Threaded, Body):
         options = self._options(func, kwargs)
         if not iterables or any(isinstance(iterable, Future) for iterable in iterables):
             raise TypeError("map needs iterables to go over; gather a Future first")
-        function = dump_function(func)
         calls = list(zip(*iterables, strict=False))
         if key is None:
             keys = [None] * len(calls)
@@ -4506,10 +4505,8 @@ class Client(Threaded, Body):
             keys = [(*key, i) for i in range(len(calls))]
         if len(keys) != len(calls):
             raise ValueError(f"map got {len(keys)} keys for {len(calls)} calls")
-        return [
-            self._submit(function, args, kwargs, key, pure, options)
-            for args, key in zip(calls, keys, strict=True)
-        ]
+        function, named = dump_function(func), zip(calls, keys, strict=True)
+        return [self._submit(function, args, kwargs, key, pure, options) for args, key in named]
 
     def _options(self, func, kwargs):
         """Take the options of a task out of ``kwargs``: (priority, workers, loose, retries)."""
