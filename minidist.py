@@ -4959,7 +4959,7 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED):
     return futures[0].client._wait_for(futures, finish, timeout, enough=enough[return_when])
 
 
-class as_completed:
+class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
     """Iterate over futures in the order in which they are done, by ``for`` or ``async for``.
 
     A future is yielded as often as it was given, cancelled ones too.  ``with_results`` yields
@@ -5068,9 +5068,6 @@ class as_completed:
             return future, (type(error), error, error.__traceback__)
         return future, outcome(state)
 
-    def __iter__(self):
-        return self
-
     def __next__(self):
         with self._lock:
             if self._left and not self._ready:
@@ -5078,9 +5075,6 @@ class as_completed:
                     raise TypeError("the futures of an asynchronous client need async for, not for")
                 self.client._run(self._wait())
             return self._take(StopIteration)
-
-    def __aiter__(self):
-        return self
 
     async def __anext__(self):
         if self._left and not self.client.asynchronous:
