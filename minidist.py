@@ -3904,8 +3904,6 @@ class DoneAndNotDoneFutures(namedtuple("DoneAndNotDoneFutures", "done not_done")
 class Shown:
     """Shows its ``_facts()``, as text and as HTML that leaves colours to the notebook's theme."""
 
-    __slots__ = ()
-
     def __repr__(self):
         return f"<{type(self).__name__}: {', '.join(self._facts())}>"
 
@@ -3923,8 +3921,6 @@ class Future(Shown):
     ``submit`` or ``map``, a future becomes its value, on the worker.  ``key`` is the task's name;
     two futures of one key are one task.  In an event loop, ``await future`` is its result.
     """
-
-    __slots__ = ("key", "client", "_state", "_live", "__dict__", "__weakref__")
 
     def __init__(self, key, client):
         self.key, self.client = key, client
