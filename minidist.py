@@ -4685,8 +4685,7 @@ class Client(Threaded, Body):
         self.state.send(peer, ask, number, *fields)
         self.flush()
         # Whichever is first: the answer, or the end of the connection that should bring it.
-        waiting = answer, self.links[peer].following
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([answer, self.links[peer].following], return_when=FIRST_COMPLETED)
         if not answer.done():
             del self._answers[number]
             self._check_open()
