@@ -4419,13 +4419,11 @@ class Client(Threaded, Body):
 
         What users see raised is raised there: in the loop, a task's SystemExit would be its end.
         """
-        if self.asynchronous:
 
-            async def wait_then_finish():
-                return finish(await wait(*args))
+        async def wait_then_finish():
+            return finish(await wait(*args))
 
-            return wait_then_finish()
-        return finish(self._run(wait(*args)))
+        return wait_then_finish() if self.asynchronous else finish(self._run(wait(*args)))
 
     async def _settle(self, futures, timeout=None, value=False, enough=None):
         """The part of ``_wait_for`` that is in the loop.
