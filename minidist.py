@@ -5112,8 +5112,7 @@ class Bars:
         """Draw in the terminal, over what was drawn before."""
         columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         lines = [f"{line[: columns - 1]}\x1b[K\n" for line in repr(self).splitlines()]
-        sys.stderr.write("".join([self.back, *lines]))
-        sys.stderr.flush()
+        print(self.back, *lines, sep="", end="", file=sys.stderr, flush=True)
         self.back = f"\x1b[{len(lines)}A"
 
     def shown(self):
