@@ -4212,10 +4212,8 @@ class Threaded(Shown, Entered):
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         try:
             return future.result(timeout)
-        except BaseException:
-            future.cancel()
-            raise
         finally:
+            future.cancel()  # If it is not done: nobody waits for it any more.
             del future  # It may hold an exception, which refers to this frame: break the cycle.
 
 
