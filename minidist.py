@@ -4968,15 +4968,15 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
         self.with_results, self.raise_errors = with_results, raise_errors
         self._deadline = time.monotonic() + seconds(math.inf if timeout is None else timeout)
         self._lock = threading.Lock()  # Threads may share it: one at a time takes what is next.
-        self._news = asyncio.Event()  # set when something is ready, or nothing is left
+        self._news = asyncio.Event()  # set when something is ready, or all was forgotten
         self.client = None
         self.clear()
         self.update(futures or ())
 
     def clear(self):
         """Forget all that was added; who waits for it is told that there is nothing."""
-        self._left = 0  # how many are still to be yielded
-        self._ready = deque()  # those of them that are done
+        # A None for each that is not done (threads may append and pop at once), and the others.
+        self._pending, self._ready = [], deque()
         if self.client:  # Only now, and by the same event: who waits must see that none is left.
             self.client._post(self._news.set)
 
@@ -4989,12 +4989,14 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
             raise TypeError(f"as_completed goes over futures, not {future!r:.80}")
         self.client = self.client or future.client
         self.client._check_own([future])
-        self._left += 1
-        ready, news = self._ready, self._news
+        pending, ready, news = self._pending, self._ready, self._news
 
         def done(state):
             ready.append(future)
+            pending.pop()  # Only now: it must not seem that none is left.
             news.set()
+
+        pending.append(None)
 
         self.client._post(lambda: self.client._watch(future._state, done, self.with_results))
 
@@ -5005,11 +5007,11 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
 
     def count(self):
         """How many are still to be yielded."""
-        return self._left
+        return len(self._pending) + len(self._ready)
 
     def is_empty(self):
         """Whether all that was added has been yielded; then the iteration ends, for now."""
-        return not self._left
+        return not self.count()
 
     def has_ready(self):
         """Whether the next one is done already."""
@@ -5030,7 +5032,7 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
 
     async def _wait(self):
         """Wait until one is done, or none is left.  (Another thread may be faster to take it.)"""
-        while self._left and not self._ready:
+        while self._pending and not self._ready:
             self._news.clear()
             news = asyncio.ensure_future(self._news.wait())
             try:
@@ -5039,16 +5041,13 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
             finally:
                 news.cancel()
             if not done:
-                raise TimeoutError(f"{self._left} futures are not done in time")
+                raise TimeoutError(f"{len(self._pending)} futures are not done in time")
 
     def _take(self, end):
         """What is yielded for the next one that is done; if none is left, ``end`` is raised."""
-        if not self._left:
+        if not self._ready:
             raise end
         future = self._ready.popleft()
-        self._left -= 1
-        if not self._left:  # Others may share this iterator, and wait.
-            self.client._post(self._news.set)
         state = future._state
         if not self.with_results:
             return future
@@ -5061,14 +5060,14 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
 
     def __next__(self):
         with self._lock:
-            if self._left and not self._ready:
+            if self._pending and not self._ready:
                 if self.client.asynchronous:
                     raise TypeError("the futures of an asynchronous client need async for, not for")
                 self.client._run(self._wait())
             return self._take(StopIteration)
 
     async def __anext__(self):
-        if self._left and not self.client.asynchronous:
+        if self.count() and not self.client.asynchronous:
             raise TypeError("the futures of a synchronous client need for, not async for")
         await self._wait()
         return self._take(StopAsyncIteration)
