@@ -4599,12 +4599,12 @@ class Client(Threaded, Body):
 
         if isinstance(data, (collections.abc.Iterator, Future)):
             raise TypeError(f"{data!r:.80} cannot be scattered: gather it, or make it a list")
+        named = isinstance(data, tuple) and hasattr(data, "_make")
         if type(data) is dict:
             futures = {key: scatter_one(item, key) for key, item in data.items()}
-        elif type(data) in (list, tuple, set, frozenset, range) or is_named(data):
-            items = [scatter_one(item) for item in data]
-            shape = list if type(data) is range else type(data)
-            futures = shape(*items) if is_named(data) else shape(items)
+        elif named or type(data) in (list, tuple, set, frozenset, range):
+            make = list if type(data) is range else getattr(data, "_make", type(data))
+            futures = make(scatter_one(item) for item in data)
         else:
             futures = scatter_one(data)
 
@@ -4886,13 +4886,8 @@ def rebuild(obj):
     if isinstance(obj, (list, tuple, set, frozenset)):
         gone = Future if isinstance(obj, list) else ()
         items = [rebuild(i) for i in obj if not (isinstance(i, gone) and failed(i._state))]
-        return type(obj)(*items) if is_named(obj) else type(obj)(items)
+        return getattr(obj, "_make", type(obj))(items)  # (A namedtuple has ``_make``.)
     return obj
-
-
-def is_named(obj):
-    """Whether it is a namedtuple.  (A syntax tree has ``_fields``, too.)"""
-    return isinstance(obj, tuple) and hasattr(obj, "_fields")
 
 
 def futures_of(obj):
