@@ -45,6 +45,7 @@ def recordings():
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIDIST_RECORD", folder)
         yield Path(folder)
-        for path in Path(folder).iterdir():
+        # (One that was ended before it was told anything has written nothing.)
+        for path in [path for path in Path(folder).iterdir() if path.stat().st_size]:
             for _ in minidist.replay(path, validate=False):
                 pass

@@ -115,7 +115,7 @@ LIMITS = {
     "story": 10_000,  # transitions that a mind remembers
     "argument_bytes": 10_000_000,  # larger arguments of one call get a warning
     "start_seconds": 60,  # a local cluster's worker processes have to be there
-    "stall_seconds": 30,  # a peer that takes no byte for so long is dropped
+    "stall_seconds": 30,  # a peer that takes no byte for so long is dropped (on Linux)
 }
 
 SCHEDULER = "scheduler"  # the peer, seen from clients and workers
@@ -3513,32 +3513,21 @@ RECORDED = json.JSONEncoder(default=digest_once, separators=(",", ":"), check_ci
 def replay(path, validate=True):
     """Run what a scheduler has recorded through a fresh mind.
 
-    After each stimulus, yields the number and the text of its line, and the mind.  Raises
-    ValueError at a line that is none, whose messages are others now, or after which an invariant
-    does not hold (unless ``validate`` is false: checking them takes long).
+    After the first line, which says how the mind was made, and after each stimulus, yields the
+    number and the text of the line, and the mind.  Raises ValueError at a line that is none, whose
+    messages are others now, or after which an invariant does not hold (unless ``validate`` is
+    false: checking them takes long).
     """
     body = None
     with open(path, errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith("\n"):
-                return  # It was being written when the scheduler was killed.
+                break  # It was being written when the scheduler was killed.
             try:
                 if body is None:
                     body = Body(SchedulerMind(**json.loads(line)))
-                    continue
-                op, args, recorded = json.loads(line)
-                _, _, kinds = OPS.get(op, ((), (), ()))
-                # (The last of them: of who registers, the id stands in the peer's place.)
-                for place, (kind, _) in enumerate(kinds[1 - len(args) :], 1):
-                    # Where there were frames, their digests will do: no mind looks into them.
-                    frames = kind is to_frames
-                    args[place] = tuple(args[place]) if frames else convert(kind, args[place], ())
-                body.state.outbox = []
-                with contextlib.suppress(Exception):  # Whoever had sent that was dropped.
-                    body.stimulate(op, *args)
-                for now, then in zip_longest(body.state.outbox, recorded):
-                    if RECORDED.encode(now) != RECORDED.encode(then):
-                        raise ValueError(f"it says {now}, and it is recorded that it said {then}")
+                else:
+                    repeat(body, *json.loads(line))
                 if validate:
                     body.state.validate()
             except (ValueError, TypeError, LookupError, AssertionError) as error:
@@ -3546,6 +3535,23 @@ def replay(path, validate=True):
                 told = place.line if isinstance(error, AssertionError) else type(error).__name__
                 raise ValueError(f"{path}, line {number}: {told}: {error}") from error
             yield number, line, body.state
+    if body is None:
+        raise ValueError(f"{path} is no recording: it has no line")
+
+
+def repeat(body, op, args, recorded):
+    """Give a mind one recorded stimulus; raise ValueError if it does not say what it said then."""
+    _, _, kinds = OPS.get(op, ((), (), ()))
+    # (The last of them: of who registers, the id stands in the peer's place.)
+    for place, (kind, _) in enumerate(kinds[1 - len(args) :], 1):
+        # Where there were frames, their digests will do: no mind looks into them.
+        args[place] = tuple(args[place]) if kind is to_frames else convert(kind, args[place], ())
+    body.state.outbox = []
+    with contextlib.suppress(Exception):  # Whoever had sent that was dropped.
+        body.stimulate(op, *args)
+    for now, then in zip_longest(body.state.outbox, recorded):
+        if RECORDED.encode(now) != RECORDED.encode(then):
+            raise ValueError(f"it says {now}, and it is recorded that it said {then}")
 
 
 # ---- 8. Worker: executor threads, peer-to-peer transfers ----
@@ -3602,7 +3608,7 @@ class Worker(Body):
         super().__init__(WorkerMind())
         split_address(scheduler_address)
         self.scheduler_address, self.timeout = scheduler_address, timeout
-        self.nthreads, self.name = nthreads or os.cpu_count() or 1, name
+        self.nthreads, self.name = whole("nthreads", nthreads or os.cpu_count() or 1, least=1), name
         self.lock = threading.Condition()  # Threads take attempts; they wait for a ready one.
         self.scheduler = None  # the Connection
         self.ticking = self.closed = False
@@ -4116,6 +4122,15 @@ def failure(state):
     return (KilledWorker if state.type == "KilledWorker" else ConnectionError)(state.text)
 
 
+def whole(option, number, least):
+    """A whole number that a user gave.  Raises TypeError if it is none, ValueError if too small."""
+    if type(number) is not int or number.bit_length() > 63:
+        raise TypeError(f"{option}={number!r} is no whole number of 64 bits")
+    if number < least:
+        raise ValueError(f"{option}={number} is too small: at least {least}")
+    return number
+
+
 def seconds(timeout):
     """A timeout in seconds: None, a number, or a string like "10 ms", "0.5s", "2 minutes"."""
     if timeout is None or (isinstance(timeout, (int, float)) and not isinstance(timeout, bool)):
@@ -4507,13 +4522,9 @@ class Client(Threaded, Body):
             raise TypeError(f"the first argument must be callable, {func!r:.80} is not")
         if reserved := RESERVED & kwargs.keys():
             raise TypeError(f"the option {min(reserved)}= is not built yet")
-        priority, retries = kwargs.pop("priority", 0), kwargs.pop("retries", None) or 0
+        priority = whole("priority", kwargs.pop("priority", 0), least=-(1 << 63))
+        retries = whole("retries", kwargs.pop("retries", None) or 0, least=0)
         loose, workers = kwargs.pop("allow_other_workers", False), kwargs.pop("workers", None)
-        for option, value in (("priority", priority), ("retries", retries)):
-            if type(value) is not int or value.bit_length() > 63:
-                raise TypeError(f"{option}={value!r} is no whole number of 64 bits")
-        if retries < 0:
-            raise ValueError(f"retries={retries} is negative")
         if loose and workers is None:
             raise ValueError("allow_other_workers= without workers=: other than which?")
         return priority, names_of(workers) or [], bool(loose), retries
@@ -4845,6 +4856,7 @@ def names_of(workers):
 
 def keys_of(things):
     """The keys of tasks that a user named by futures or keys; None stays so."""
+    things = [things] if isinstance(things, (str, Future)) else things
     return things and [check_key(getattr(thing, "key", thing)) for thing in things]
 
 
@@ -5181,10 +5193,11 @@ class LocalCluster(Threaded):
         self, n_workers=None, threads_per_worker=None, processes=True, asynchronous=False, **options
     ):
         cores = os.cpu_count() or 1
+        threads = threads_per_worker and whole("threads_per_worker", threads_per_worker, least=1)
         if n_workers is None:
-            n_workers = max(1, cores // (threads_per_worker or 1)) if processes else 1
-        self.n_workers, self.processes = n_workers, processes
-        self.threads_per_worker = threads_per_worker or max(1, cores // max(n_workers, 1))
+            n_workers = max(1, cores // (threads or 1)) if processes else 1
+        self.n_workers, self.processes = whole("n_workers", n_workers, least=0), processes
+        self.threads_per_worker = threads or max(1, cores // max(n_workers, 1))
         self.scheduler = Scheduler(**options)
         self.workers = []  # the Workers, if they live in this process
         self._live(asynchronous)

@@ -1124,6 +1124,34 @@ async def test_a_size_that_makes_no_sense_is_not_believed(c, a, b):
         c.submit(abs, 1, retries=1 << 64)
 
 
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"n_workers": -1}, ValueError, "n_workers=-1 is too small"),
+        ({"n_workers": "2"}, TypeError, "n_workers='2' is no whole number"),
+        ({"threads_per_worker": -2, "processes": False}, ValueError, "threads_per_worker=-2"),
+        ({"threads_per_worker": "two"}, TypeError, "threads_per_worker='two' is no whole"),
+    ],
+)
+def test_a_number_of_workers_or_threads_that_cannot_be_is_refused_at_the_call(
+    options, error, words
+):
+    with pytest.raises(error, match=words):
+        Client(**options)
+    with pytest.raises(error, match=words):
+        minidist.LocalCluster(asynchronous=True, **options)
+    with pytest.raises(ValueError, match="nthreads=-1 is too small"):
+        Worker("127.0.0.1:8786", nthreads=-1)
+
+
+@on_cluster
+async def test_sizes_are_asked_for_by_a_key_a_future_or_a_list_of_them(c, a, b):
+    data = await c.scatter({"abc": b"x" * 100})
+    sizes = {"abc": minidist.sizeof(b"x" * 100)}
+    for keys in ("abc", data["abc"], ["abc"], [data["abc"]], None):
+        assert await c.nbytes(keys) == sizes
+
+
 def test_a_local_cluster_says_at_once_why_no_process_can_be_started(monkeypatch):
     monkeypatch.setattr(minidist.sys, "executable", "/nowhere/python")
     with pytest.raises(FileNotFoundError, match="/nowhere/python"):

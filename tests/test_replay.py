@@ -83,9 +83,9 @@ def command(*arguments):
 
 
 def test_a_real_run_replays_to_exactly_the_recorded_messages(recording, lines):
-    seen = [(json.loads(line)[0], mind.validate()) for _, line, mind in replay(recording)]
-    assert len(seen) == len(lines) - 1
-    assert {"submit", "cancel-keys", "worker-left", "client-left"} <= {op for op, _ in seen}
+    seen = [(json.loads(line), mind.validate()) for _, line, mind in replay(recording)]
+    assert len(seen) == len(lines)
+    assert {"submit", "cancel-keys", "worker-left", "client-left"} <= {op for (op, *_), _ in seen}
 
 
 def test_the_replayed_mind_steals_and_recovers_as_the_recorded_one_did(recording):
@@ -173,7 +173,14 @@ def test_a_recording_that_ends_within_a_line_replays_up_to_there(changed, lines)
     whole = "".join(lines)
     ((*_, (number, _, _)),) = [[*replay(changed(whole[: len(whole) * 2 // 3]))]]
     assert number == whole[: len(whole) * 2 // 3].count("\n")
-    assert [*replay(changed(""))] == [*replay(changed(whole[:10]))] == []
+    for nothing in ("", whole[:10]):
+        with pytest.raises(ValueError, match="changed.jsonl is no recording"):
+            list(replay(changed(nothing)))
+
+
+def test_the_state_at_the_first_line_is_that_of_a_new_mind(recording):
+    done = command(recording, "--until", 1)
+    assert done.stdout.startswith("1 lines: ") and done.returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -216,7 +223,8 @@ def test_a_scheduler_in_a_program_records_too(tmp_path, recordings):
 
     before = {*recordings.iterdir()}
     asyncio.run(asyncio.wait_for(main(), 30))
-    assert "client-left" in [json.loads(line)[0] for _, line, _ in replay(tmp_path / "file")]
+    ops = [op for op, *_ in (json.loads(line) for _, line, _ in replay(tmp_path / "file"))]
+    assert "client-left" in ops
     assert {*recordings.iterdir()} == before, "a file of its own goes before MINIDIST_RECORD"
 
 
