@@ -71,7 +71,7 @@ import warnings
 from collections import OrderedDict, deque, namedtuple
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION
 from dataclasses import dataclass
-from itertools import accumulate, count, islice, zip_longest
+from itertools import count, islice, zip_longest
 
 import cloudpickle
 
@@ -2530,7 +2530,7 @@ class WorkerMind(FetchingMind):
 # dask: packs with msgpack, and has the same split into a small header and large frames.
 
 PREFIX = struct.Struct("!I")  # bytes of the header
-LARGE = 256 << 10  # frames of so much together are read straight into buffers of their own
+LARGE = 256 << 10  # a frame of so many bytes is read straight into a buffer of its own
 CHUNK = 1 << 20
 
 # A host that is gone says nothing, and who only waits for it would wait for ever: so the kernel
@@ -2584,22 +2584,21 @@ async def read_batch(reader, sender):
         messages = list(messages)
     except (ValueError, TypeError, RecursionError) as error:
         raise ProtocolError(f"no header: {error}") from error
-    if sum(sizes) < LARGE:
-        # Read together, then copied: a small frame must not pin the batch that it came in.
-        buffer, ends = await reader.readexactly(sum(sizes)), accumulate(sizes)
-        frames = [buffer[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-    else:
-        frames = [await read_large(reader, size) for size in sizes]
+    frames = [await read_frame(reader, size) for size in sizes]
     return [check_message(message, frames, sender) for message in messages]
 
 
-async def read_large(reader, size):
-    """A large frame, in a writable buffer, which grows with what has come.
+async def read_frame(reader, size):
+    """One frame; a large one in a writable buffer, which grows with what has come.
 
-    ``readexactly`` would collect it in the stream's own buffer, which then is far over its limit
-    and is moved at each step, and copy it once more: at 100 MB, a quarter of the speed.  (A buffer
-    of its full size is filled with zeros first, which takes as long as to fill it.)
+    Each is a buffer of its own: a small frame must not pin the batch that it came in.
+
+    ``readexactly`` collects it in the stream's own buffer.  With a large one that is far over its
+    limit, and is moved at each step; and it is copied once more: a quarter of the speed at 100 MB.
+    (A buffer of its full size is filled with zeros first, which takes as long as to fill it.)
     """
+    if size < LARGE:
+        return await reader.readexactly(size)
     frame = bytearray()
     while len(frame) < size:
         chunk = await reader.read(min(CHUNK, size - len(frame)))
@@ -2866,8 +2865,8 @@ def dumps(obj):
 def loads(frames):
     """Unpickle frames.
 
-    An array is a view of its buffer, and can be written to only if that can: frames that were read
-    alone are writable, and of small ones, which are ``bytes``, a copy is made.
+    An array is a view of its buffer, and can be written to only if that can: large frames are
+    read into writable ones, and of small ones, which are ``bytes``, a copy is made.
     """
     data, *buffers = frames
     buffers = [bytearray(b) if memoryview(b).readonly else b for b in buffers]
