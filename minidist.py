@@ -2553,16 +2553,14 @@ def pack(messages):
     messages share (the function of a ``map``) is there once.  The frames themselves are not copied
     here: a view of an array's memory is what is written.
     """
-    frames, places = [], {}  # places: {id of a frame: its place}
+    table = {}  # {id of a frame: (its place, the frame)}
 
     def place(frame):
         # By identity: to compare, or hash, megabytes would cost more than to send them.
-        number = places.setdefault(id(frame), len(frames))
-        if number == len(frames):
-            frames.append(frame)
-        return number
+        return table.setdefault(id(frame), (len(table), frame))[0]
 
     body = json.dumps(messages, default=place, separators=(",", ":"), check_circular=False)
+    frames = [frame for _, frame in table.values()]
     header = f"[{body},{json.dumps(list(map(len, frames)))}]".encode()
     return [PREFIX.pack(len(header)), header, *frames]
 
