@@ -2770,20 +2770,18 @@ async def shake_hands(reader, writer, role, worker, accepting):
     if their_worker != meant:
         raise ConnectionError(f"{worker} is not there" if worker else "that is a worker's port")
 
-    def proof(by_acceptor):
-        said = b"acceptor" if by_acceptor else b"connector"
-        said += theirs + mine if accepting else mine + theirs
-        return hmac.digest(secret(), said, "sha256")
-
+    hellos = theirs + mine if accepting else mine + theirs
+    proofs = [hmac.digest(secret(), who + hellos, "sha256") for who in (b"connector", b"acceptor")]
+    expected, proof = proofs if accepting else reversed(proofs)
     if not accepting:
-        writer.write(proof(by_acceptor=False))
+        writer.write(proof)
     try:
-        if not hmac.compare_digest(await reader.readexactly(32), proof(not accepting)):
+        if not hmac.compare_digest(await reader.readexactly(32), expected):
             raise PermissionError(f"a {ROLES[peer]} with a {REFUSAL}")
     except (asyncio.IncompleteReadError, ConnectionResetError):
         raise PermissionError(REFUSAL) from None  # It hung up on our proof.
     if accepting:
-        writer.write(proof(by_acceptor=True))
+        writer.write(proof)
     return ROLES[peer]
 
 
