@@ -2535,15 +2535,11 @@ CHUNK = 1 << 20
 
 # A host that is gone says nothing, and who only waits for it would wait for ever: so the kernel
 # asks whether it is there.  (One that is slow, or whose process is frozen, is there.)
-KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
-    (socket.IPPROTO_TCP, getattr(socket, name), value)
-    for name, value in (
-        ("TCP_KEEPIDLE", LIMITS["stall_seconds"] // 3),
-        ("TCP_KEEPINTVL", LIMITS["stall_seconds"] // 3),
-        ("TCP_USER_TIMEOUT", LIMITS["stall_seconds"] * 1000),  # also for what is not taken
-    )
-    if hasattr(socket, name)  # What macOS has bears other names.
-]
+KEEPALIVE = {
+    "TCP_KEEPIDLE": LIMITS["stall_seconds"] // 3,
+    "TCP_KEEPINTVL": LIMITS["stall_seconds"] // 3,
+    "TCP_USER_TIMEOUT": LIMITS["stall_seconds"] * 1000,  # also for what is not taken
+}
 
 
 def pack(messages):
@@ -2644,8 +2640,11 @@ class Connection:
             raise
         self.reader, self.writer = reader, writer
         reader.feed_data = functools.partial(self.feed, reader.feed_data)
-        for level, option, value in KEEPALIVE:
-            writer.get_extra_info("socket").setsockopt(level, option, value)
+        end = writer.get_extra_info("socket")
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE.items():
+            if hasattr(socket, name):  # What macOS has bears other names.
+                end.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.flush()
 
     def feed(self, feed_data, data):
