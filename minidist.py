@@ -2691,15 +2691,13 @@ class Connection:
 
         Slow is not dead, but stalled is: the kernel knows the difference (``TCP_USER_TIMEOUT``).
         """
-        try:
+        with contextlib.suppress(OSError):  # It is lost: who reads it meets its end.
             for buffer in map(memoryview, buffers):
                 for start in range(0, len(buffer), CHUNK):
                     if self.writer.is_closing():
                         raise ConnectionResetError  # asyncio itself would break.
                     self.writer.write(buffer[start : start + CHUNK])
                     await self.writer.drain()
-        except OSError:
-            self.hang_up()
         self.writing = None
         self.flush()
 
