@@ -3006,22 +3006,18 @@ def pack_exception(error, skip=0):
     """
     links = []
     while error is not None and len(links) < 20:
-        places = [
-            (frame.f_code.co_filename, line, frame.f_code.co_name)
-            for frame, line in traceback.walk_tb(error.__traceback__)
-        ]
+        steps = traceback.walk_tb(error.__traceback__)
+        places = [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in steps]
         try:
             (data,) = dumps(error)
             # Many exceptions can be pickled, but not unpickled.
             data = data if isinstance(pickle.loads(data), BaseException) else b""
         except BaseException:  # Whatever it does when it is pickled, it is the task's failure.
             data = b""
-        text = text_of(error)
-        relation = "__context__" if error.__cause__ is None else "__cause__"
-        links.append((data, text, places[skip:], relation))
-        skip = 0
-        hidden = error.__suppress_context__ and error.__cause__ is None  # by "from None"
-        error = None if hidden else getattr(error, relation)
+        # Python sets that by "from", also by "from None": then there is no cause.
+        relation = "__cause__" if error.__suppress_context__ else "__context__"
+        links.append((data, text_of(error), places[skip:], relation))
+        error, skip = getattr(error, relation), 0
     return (pickle.dumps(links, protocol=5),)
 
 
