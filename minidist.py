@@ -3097,11 +3097,6 @@ def type_name(obj):
 logger = logging.getLogger("minidist")
 
 
-@functools.cache
-def stimulus_named(op):
-    return "stimulus_" + op.replace("-", "_")
-
-
 @contextlib.contextmanager
 def dropping(peer):
     """What a peer sends can do no more than end its own stream; others are served on."""
@@ -3221,7 +3216,7 @@ class Body(Entered):
 
     def stimulate(self, op, *args):
         """Tell the mind what came, by the stimulus that is named after it."""
-        getattr(self.state, stimulus_named(op))(*args)
+        getattr(self.state, "stimulus_" + op.replace("-", "_"))(*args)
 
     def happens(self, op, *args):
         """Tell the mind what has happened here, not by a message; send what it says to that."""
