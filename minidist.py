@@ -3306,11 +3306,10 @@ async def reach_scheduler(address, body, timeout):
             return connection, first, batch
         except PermissionError as error:
             raise PermissionError(f"{address}: {error}") from None
-        except asyncio.CancelledError:
+        except BaseException as error:
             connection.hang_up()
-            raise
-        except (OSError, EOFError) as error:
-            connection.hang_up()
+            if not isinstance(error, (OSError, EOFError)):
+                raise
             why = str(error) or "no answer; if it is in this event loop, use asynchronous=True"
             if time.monotonic() + pause >= deadline:
                 text = f"no scheduler at {address} within {timeout} s ({why})"
