@@ -3656,7 +3656,7 @@ class Worker(Body):
     def data(self):
         """{key: value} of what this worker holds: a new dict, which changes nothing here."""
         with self.lock:
-            return {name[0]: self.unpacked(name) for name in self.state.data}
+            return {name[0]: self.unpacked(name, value) for name, value in self.state.data.items()}
 
     def take(self, peer, op, fields):
         """Tell a value's frames from an object; and hang up when the scheduler says good-bye."""
@@ -3719,7 +3719,7 @@ class Worker(Body):
         """
         try:
             try:
-                values = {name[0]: self.unpacked(name, inputs) for name in inputs}
+                values = {name[0]: self.unpacked(name, value) for name, value in inputs.items()}
                 func, args, kwargs = load_call(attempt.run_spec, values)
             except Exception as error:
                 text = f"the call of {attempt.key!r} cannot be unpickled on {self.name}"
@@ -3744,9 +3744,8 @@ class Worker(Body):
         with self.lock:
             self.state.stimulus_finished(attempt.number, result, nbytes, kind, duration_us, value)
 
-    def unpacked(self, name, inputs=None):
-        """A value as an object.  ``inputs`` are a thread's own: the mind may have freed them."""
-        value = (inputs or self.state.data)[name]
+    def unpacked(self, name, value):
+        """A value as an object, which is kept under its name, unless the mind has freed it."""
         if isinstance(value, Packed):
             value = loads(value)  # Two threads may do so at once; one result stays.
             with self.lock:  # It may be freed just now: what is stored after that would stay.
