@@ -3547,7 +3547,7 @@ def repeat(body, op, args, recorded):
 # The mind holds the values, though it never looks into one.  Threads add to them; only the loop
 # removes any, since frees come with the scheduler's messages.
 
-WORKER = contextvars.ContextVar("the worker whose task this is")
+WORKER = contextvars.ContextVar("the worker whose task this is", default=None)
 
 
 def get_worker():
@@ -3556,10 +3556,9 @@ def get_worker():
     It has ``name``, ``address``, ``nthreads`` and ``data``.  A context variable and not a global:
     several workers may live in one process, and a coroutine takes its context along.
     """
-    try:
-        return WORKER.get()
-    except LookupError:
-        raise ValueError("get_worker() is for tasks: no worker runs this") from None
+    if WORKER.get() is None:
+        raise ValueError("get_worker() is for tasks: no worker runs this")
+    return WORKER.get()
 
 
 class Packed(tuple):
