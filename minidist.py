@@ -3664,7 +3664,7 @@ class Worker(Body):
             self.parting = fields[0] if fields else ""
             self.scheduler.hang_up()
             return
-        if op in ("data", "put-data"):
+        if op == "data":
             fields[-1] = Packed(fields[-1])
         super().take(peer, op, fields)
 
@@ -3790,9 +3790,8 @@ class Worker(Body):
                         if connection.writing:  # Who asks sets the pace.
                             await connection.writing
                 elif op == "put-data":
-                    with self.lock:
-                        self.take(connection.peer, op, fields)
-                    self.flush()
+                    *name, frames = fields
+                    self.happens(op, connection.peer, *name, Packed(frames))
                 elif op == "run":
                     run = functools.partial(self.answer_run, connection, *fields)
                     threading.Thread(target=run, daemon=True).start()
