@@ -5285,8 +5285,7 @@ LEVELS = ("debug", "info", "warning", "error")
 def parse(argv):
     """The options of a command, with the coroutine function that ``run``s it."""
     text = "Give the address that the scheduler prints to workers, and to Client(address)."
-    about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog="minidist", description=about, epilog=text)
+    parser = argparse.ArgumentParser("minidist", description=__doc__.splitlines()[0], epilog=text)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(run, about):
@@ -5299,15 +5298,14 @@ def parse(argv):
 
     add = command(run_scheduler, "start a scheduler")
     add("--host", default="127.0.0.1", help="where it listens (127.0.0.1); 0.0.0.0: everywhere")
-    port = f"where it listens ({DEFAULT_PORT}, or the next that is free); 0: any that is free"
-    add("--port", type=int, help=port)
+    add("--port", type=int, help=f"{DEFAULT_PORT}, or the next that is free; 0: any that is free")
     add("--worker-ttl", type=float, default=30, help="seconds until a silent worker is dead (30)")
     add("--record", metavar="FILE", help="record all that it is told and says, for replay")
 
-    add, cores = command(run_worker, "start a worker"), os.cpu_count() or 1
+    add = command(run_worker, "start a worker")
     add("address", metavar="IP:PORT", help="the scheduler's address")
-    threads = f"tasks run at a time ({cores}: one for each core)"
-    add("--nthreads", metavar="N", type=int, default=cores, help=threads)
+    threads = "tasks run at a time (%(default)s: one for each core)"
+    add("--nthreads", metavar="N", type=int, default=os.cpu_count() or 1, help=threads)
     add("--name", help="its name in the cluster (its address); of several, with -0, ... appended")
     add("--nworkers", metavar="N", type=int, default=1, help="how many processes (1)")
     # Not shown: with these minidist starts processes of its own.
