@@ -3761,21 +3761,18 @@ class Worker(Body):
         """
         result = func(*args, **kwargs)
         if inspect.iscoroutine(result):
-            running = asyncio.run_coroutine_threadsafe(self.run(result), self.loop)
-            result, error = running.result()
+            result, error = asyncio.run_coroutine_threadsafe(self.run(result), self.loop).result()
             if error is not None:
                 raise error
         return result
 
     async def run(self, coroutine):
         """(what a coroutine returns, None), or (None, what it raises: SystemExit ends a loop)"""
-        self.tasks.add(asyncio.current_task())
+        self.start(asyncio.current_task())  # It runs already; this notes that it is ours.
         try:
             return await coroutine, None
         except BaseException as error:
             return None, error
-        finally:
-            self.tasks.discard(asyncio.current_task())
 
     # Data connections.  What comes by them is entered in the mind's books only as far as rule three
     # of chapter 1 allows: a value that was put is claimed on the scheduler's stream.
