@@ -5180,11 +5180,10 @@ class LocalCluster(Threaded):
 
     async def _start(self):
         await self.scheduler.__aenter__()
-        self.scheduler.start(self._end())
-        self.address, keepers = self.scheduler.address, []
+        self.address, tasks = self.scheduler.address, [self.scheduler.start(self._end())]
         for name in map(str, range(self.n_workers)):
             if self.processes:
-                keepers.append(self.scheduler.start(self._keep(name)))
+                tasks.append(self.scheduler.start(self._keep(name)))
             else:
                 self.workers.append(Worker(self.address, self.threads_per_worker, name))
                 await self.workers[-1].__aenter__()
@@ -5193,10 +5192,9 @@ class LocalCluster(Threaded):
             if time.monotonic() > deadline:
                 text = f"{there} of {self.n_workers} worker processes have started"
                 raise TimeoutError(f"{text}; why, the others have said on standard error")
-            await asyncio.sleep(0.01)
-            for keeper in keepers:
-                if keeper.done():
-                    keeper.result()  # It raises why no process can be started.
+            done, _ = await asyncio.wait(tasks, timeout=0.01)
+            for task in done:
+                task.result()  # It raises why no process can be started.
 
     async def _end(self):
         """A client may shut the cluster down: then it closes as if the user had closed it."""
