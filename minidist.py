@@ -2867,7 +2867,8 @@ def loads(frames):
 
 
 # What is going on while a call is pickled or unpickled: for ``Future.__reduce__`` and ``resolve``,
-# which are called by the pickle module, and it has no place for an argument of ours.
+# which are called by the pickle module, and it has no place for an argument of ours.  They are set
+# in a copy of the context that ends with the call: so nothing has to be set back.
 
 COLLECTED = contextvars.ContextVar("{Future: None}: met in what is being pickled", default=None)
 INPUTS = contextvars.ContextVar("{key: value}: for the futures in the call being unpickled")
@@ -2880,11 +2881,9 @@ def resolve(key):
 
 def collecting(dump, *args):
     """(What ``dump(*args)`` returns, each Future that was pickled meanwhile, once)"""
-    outer = COLLECTED.set({})
-    try:
-        return dump(*args), list(COLLECTED.get())
-    finally:
-        COLLECTED.reset(outer)
+    context, found = contextvars.copy_context(), {}
+    context.run(COLLECTED.set, found)
+    return context.run(dump, *args), list(found)
 
 
 def dump_function(func):
@@ -2941,16 +2940,14 @@ def load_call(run_spec, inputs):
     one task would change under another's feet.
     """
     frame, *call = run_spec
-    outer = INPUTS.set(inputs)
-    try:
-        if not frame:
-            return loads(call)
-        func = load_function(bytes(frame))
-        if not isinstance(func, (types.FunctionType, types.BuiltinFunctionType, type)):
-            func = pickle.loads(frame)
-        return func, *loads(call)
-    finally:
-        INPUTS.reset(outer)
+    context = contextvars.copy_context()
+    context.run(INPUTS.set, inputs)
+    if not frame:
+        return context.run(loads, call)
+    func = load_function(bytes(frame))
+    if not isinstance(func, (types.FunctionType, types.BuiltinFunctionType, type)):
+        func = pickle.loads(frame)
+    return func, *context.run(loads, call)
 
 
 def name_of(func):
