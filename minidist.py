@@ -3007,8 +3007,6 @@ def pack_exception(error, skip=0):
         places = [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in steps]
         try:
             (data,) = dumps(error)
-            # Many exceptions can be pickled, but not unpickled.
-            data = data if isinstance(pickle.loads(data), BaseException) else b""
         except BaseException:  # Whatever it does when it is pickled, it is the task's failure.
             data = b""
         # Python sets that by "from", also by "from None": then there is no cause.
@@ -3030,12 +3028,13 @@ def unpack_exception(frames):
     """The exception, with its causes, and with real tracebacks whose frames name the places."""
     error = None
     for data, text, places, relation in reversed(pickle.loads(frames[0])):
-        origin = error
+        origin, tb = error, rebuild_traceback(places)
         try:
-            error = pickle.loads(data)
-        except Exception:  # Its class is not known here, or it could not be pickled there (b"").
-            error = RemoteError(text)
-        error.__traceback__ = rebuild_traceback(places)
+            error = pickle.loads(data).with_traceback(tb)
+        except Exception:
+            # Its class is not known here; it could not be pickled there (b""); or it can be pickled,
+            # but not unpickled, as many can, or not as an exception.
+            error = RemoteError(text).with_traceback(tb)
         setattr(error, relation, origin)
     return error
 
