@@ -72,6 +72,7 @@ from collections import OrderedDict, deque, namedtuple
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION
 from dataclasses import dataclass
 from itertools import count, islice, zip_longest
+from pathlib import Path
 
 import cloudpickle
 
@@ -2792,21 +2793,19 @@ def secret():
     """
     if token := os.environ.get("MINIDIST_TOKEN"):
         return os.fsencode(token)
-    path = os.path.expanduser("~/.minidist/token")
     try:
-        if path.startswith("~"):
-            raise OSError("this user has no home directory")
-        if not os.path.exists(path):
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            draft = f"{path}.{unique()}"
-            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(os.urandom(32).hex())
+        path = Path.home() / ".minidist" / "token"
+        if not path.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            draft = path.with_name(unique())
+            draft.touch(mode=0o600, exist_ok=False)  # First: nobody else can ever read it.
+            draft.write_text(os.urandom(32).hex())
             with contextlib.suppress(FileExistsError):  # Another process was first: use its own.
-                os.link(draft, path)
-            os.unlink(draft)
-        with open(path, "rb") as file:
-            token, mode = file.read().strip(), os.fstat(file.fileno()).st_mode
-    except OSError as error:  # No network's error, after which it might be tried again.
+                path.hardlink_to(draft)
+            draft.unlink()
+        token, mode = path.read_bytes().strip(), path.stat().st_mode
+    except (OSError, RuntimeError) as error:
+        # No network's error, after which it might be tried again.  (Who has no home: RuntimeError.)
         raise PermissionError(f"no secret ({error}): set MINIDIST_TOKEN") from error
     if mode & 0o077 or not token:
         raise PermissionError(f"{path} can be read by others, or is empty: chmod 600 {path}")

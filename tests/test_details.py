@@ -1177,7 +1177,7 @@ def test_who_has_no_home_is_told_so_and_gets_no_folder_with_that_name(monkeypatc
     monkeypatch.delenv("MINIDIST_TOKEN")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(PermissionError, match="no home directory.*set MINIDIST_TOKEN"):
+    with pytest.raises(PermissionError, match="home directory.*set MINIDIST_TOKEN"):
         minidist.secret()
     assert not list(tmp_path.iterdir())
 
