@@ -3031,8 +3031,8 @@ def unpack_exception(frames):
         try:
             error = pickle.loads(data).with_traceback(tb)
         except Exception:
-            # Its class is not known here; it could not be pickled there (b""); or it can be pickled,
-            # but not unpickled, as many can, or not as an exception.
+            # Its class is not known here; or it could not be pickled there (b""); or it can only be
+            # pickled, as many can; or what it becomes is no exception.
             error = RemoteError(text).with_traceback(tb)
         setattr(error, relation, origin)
     return error
@@ -3731,10 +3731,10 @@ class Worker(Body):
         # A small result that somebody waits for travels with the notice: one message, and no
         # connection to this worker.  Others are pickled if and when they are asked for.
         if attempt.wanted and nbytes <= LIMITS["ride_along_bytes"]:
-            with contextlib.suppress(BaseException):  # It will fail whoever asks for it.
-                value = dumps(result)
-                if sum(map(len, value)) > LIMITS["ride_along_bytes"]:
-                    value = ()
+            status, frames = pack_result(attempt.key, result)
+            # (What cannot be pickled will fail whoever asks for it.)
+            if status == "ok" and sum(map(len, frames)) <= LIMITS["ride_along_bytes"]:
+                value = frames
         with self.lock:
             self.state.stimulus_finished(attempt.number, result, nbytes, kind, duration_us, value)
 
