@@ -3156,7 +3156,7 @@ class Body(Entered):
         """
         for link in self.links.values():
             link.flush()
-        others = [task for task in self.tasks if task is not asyncio.current_task()]
+        others = self.tasks - {asyncio.current_task()}
         for task in others:
             if not task.cancelling():  # Else it is ending, and may have to clean up.
                 task.cancel()
@@ -3169,8 +3169,7 @@ class Body(Entered):
         options = {"limit": 4 * CHUNK, "start_serving": False}
         self.server = await asyncio.start_server(self.accept, host, port, **options)
         await self.server.start_serving()  # Only now: to be cancelled in there would lose it.
-        port = self.server.sockets[0].getsockname()[1]
-        self.address = f"tcp://{reachable(host)}:{port}"
+        self.address = f"tcp://{reachable(host)}:{self.server.sockets[0].getsockname()[1]}"
 
     def accept(self, reader, writer):
         """Somebody connects, and is served in a task of ours."""
