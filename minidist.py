@@ -3416,7 +3416,7 @@ class Scheduler(Body):
             await self.follow(peer, connection, batch)
             if process and peer in self.state.workers:
                 with contextlib.suppress(TimeoutError):  # How it ended says more.
-                    how = [await asyncio.wait_for(describe_exit(process), 5)]
+                    how = [describe_exit(await asyncio.wait_for(process.wait(), 5))]
             elif process and not self.state.named([name]):  # Else it was another of that name.
                 send_signal(process, signal.SIGKILL)  # It was silent for too long.
         finally:
@@ -5252,9 +5252,8 @@ def send_signal(process, number):
             os.kill(process.pid, number)
 
 
-async def describe_exit(process):
-    """How a process ended: what a ``KilledWorker`` says of it."""
-    code = await process.wait()
+def describe_exit(code):
+    """How a process ended, by its exit code: what a ``KilledWorker`` says of it."""
     names = {-number: number.name for number in signal.Signals}  # Real-time ones have none.
     return f"exit code {code}" if code >= 0 else f"killed by {names.get(code, -code)}"
 
