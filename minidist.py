@@ -3273,12 +3273,11 @@ def reachable(host):
     if host not in elsewhere:
         return host
     four = host == "0.0.0.0"
-    with socket.socket(socket.AF_INET if four else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((elsewhere[host], 9))  # Sends nothing; only asks for the route out.
-            return probe.getsockname()[0]
-        except OSError:
-            return "127.0.0.1" if four else "::1"
+    family = socket.AF_INET if four else socket.AF_INET6
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((elsewhere[host], 9))  # Sends nothing; only asks for the route out.
+        return probe.getsockname()[0]
+    return "127.0.0.1" if four else "::1"  # There is none.
 
 
 async def reach_scheduler(address, body, timeout):
