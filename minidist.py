@@ -3004,10 +3004,9 @@ def pack_exception(error, skip=0):
     while error is not None and len(links) < 20:
         steps = traceback.walk_tb(error.__traceback__)
         places = [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in steps]
-        try:
+        data = b""
+        with contextlib.suppress(BaseException):  # Whatever it does then is the task's failure.
             (data,) = dumps(error)
-        except BaseException:  # Whatever it does when it is pickled, it is the task's failure.
-            data = b""
         # Python sets that by "from", also by "from None": then there is no cause.
         relation = "__cause__" if error.__suppress_context__ else "__context__"
         links.append((data, text_of(error), places[skip:], relation))
@@ -3017,10 +3016,9 @@ def pack_exception(error, skip=0):
 
 def text_of(error):
     """An exception's type and text.  It may raise whatever it likes when it is looked at."""
-    try:
+    with contextlib.suppress(Exception):
         return "".join(traceback.format_exception_only(error)).strip()
-    except Exception:
-        return type_name(error)
+    return type_name(error)
 
 
 def unpack_exception(frames):
@@ -3028,12 +3026,11 @@ def unpack_exception(frames):
     error = None
     for data, text, places, relation in reversed(pickle.loads(frames[0])):
         origin, tb = error, rebuild_traceback(places)
-        try:
+        # What stands for one whose class is not known here, or that could not be pickled there (b""),
+        # or can only be pickled, as many can, or becomes something else than an exception.
+        error = RemoteError(text).with_traceback(tb)
+        with contextlib.suppress(Exception):
             error = pickle.loads(data).with_traceback(tb)
-        except Exception:
-            # Its class is not known here; or it could not be pickled there (b""); or it can only be
-            # pickled, as many can; or what it becomes is no exception.
-            error = RemoteError(text).with_traceback(tb)
         setattr(error, relation, origin)
     return error
 
