@@ -194,12 +194,20 @@ def to_key(value, frames=()):
     return tuple([part if type(part) in (str, int, float) else to_key(part) for part in value])
 
 
+class Packed(tuple):
+    """The frames of an object that came over the wire.
+
+    The first thread that needs the object unpickles it: so no loop does that, and what is only
+    passed on to somebody else is not unpickled.
+    """
+
+
 def to_frames(value, frames):
     """Places in the batch's table of frames, as the frames.
 
     (A negative place is dropped: Python would count it from the table's end.)
     """
-    return tuple([frames[place] for place in value if place >= 0])
+    return Packed([frames[place] for place in value if place >= 0])
 
 
 def anything(value, frames):
@@ -3551,13 +3559,6 @@ def get_worker():
     return WORKER.get()
 
 
-class Packed(tuple):
-    """The frames of a value that came over the wire; the first thread that needs it unpickles it.
-
-    So the loop never unpickles, and what is only passed on to another worker is not unpickled.
-    """
-
-
 class Worker(Body):
     """Runs a WorkerMind: threads that take ready attempts, and connections for values.
 
@@ -3648,15 +3649,13 @@ class Worker(Body):
             return {name[0]: self.unpacked(name, value) for name, value in self.state.data.items()}
 
     def take(self, peer, op, fields):
-        """Tell a value's frames from an object; and hang up when the scheduler says good-bye."""
+        """Hang up when the scheduler says good-bye; the rest is the mind's business."""
         if op in ("goodbye", "refused"):
             # We hang up: if the scheduler did, it might cut off what it has just said.
             self.parting = fields[0] if fields else ""
             self.scheduler.hang_up()
-            return
-        if op == "data":
-            fields[-1] = Packed(fields[-1])
-        super().take(peer, op, fields)
+        else:
+            super().take(peer, op, fields)
 
     def flush(self):
         """Send what the mind has to say; wake as many threads as there are attempts for."""
@@ -3777,8 +3776,7 @@ class Worker(Body):
                         if connection.writing:  # Who asks sets the pace.
                             await connection.writing
                 elif op == "put-data":
-                    *name, frames = fields
-                    self.happens(op, connection.peer, *name, Packed(frames))
+                    self.happens(op, connection.peer, *fields)
                 elif op == "run":
                     run = functools.partial(self.answer_run, connection, *fields)
                     threading.Thread(target=run, daemon=True).start()

@@ -835,7 +835,7 @@ class Cluster:
             self.minds[worker].stimulus_failed(number, (b"error %d" % call.n,))
         else:
             value = value_of_call(call, values)
-            rides = value if attempt.wanted and pick % 2 and type(value) is tuple else ()
+            rides = value if attempt.wanted and pick % 2 and isinstance(value, tuple) else ()
             fields = (10 ** (call.n % 8), "int", DURATIONS_US[call.name], rides)
             self.minds[worker].stimulus_finished(number, value, *fields)
         self.flush(worker)
@@ -982,7 +982,7 @@ class Cluster:
         data = self.minds[worker].data if worker in self.minds else {}
         alone = [name for name in data if not any(name in self.minds[w].data for w in others)]
         nothing_else_broke = self.seen["faults"] == self.seen["left"] and not self.cancelled
-        there = [name for name in alone if name in wanted and type(data[name]) is tuple]
+        there = [name for name in alone if name in wanted and isinstance(data[name], tuple)]
         staying = [ws for ws in self.minds[SCHEDULER].workers.values() if ws.leaving is None]
         return there if staying and nothing_else_broke else []
 
