@@ -51,6 +51,7 @@ import heapq
 import hmac
 import html
 import inspect
+import io
 import json
 import logging
 import math
@@ -67,6 +68,7 @@ import threading
 import time
 import traceback
 import types
+import typing
 import warnings
 from collections import OrderedDict, deque, namedtuple
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION
@@ -1226,7 +1228,7 @@ class SchedulerMind(Mind):
 
     def stimulus_shutdown(self, client):
         """The cluster ends: workers do not complain, and clients wait no longer."""
-        self.news.append(f"Client {client} ends the cluster")
+        self.news.append(f"The cluster is shut down by {client}")
         for peer in (*self.workers, *self.clients):
             self.send(peer, "goodbye")
 
@@ -2840,7 +2842,7 @@ def dumps(obj):
     """Pickle an object: a tuple of frames.
 
     The standard pickler is several times faster, but knows nothing of lambdas, and refers to what
-    is in ``__main__`` by a name that means something else on a worker: then cloudpickle does it,
+    is in ``__main__`` by a name that means something else on a worker: then ``Pickler`` does it,
     and sends functions and classes of ``__main__`` by value.  (The word may also stand in the
     user's data: then the slower pickler did no harm.)
 
@@ -2856,10 +2858,56 @@ def dumps(obj):
         data = pickle.dumps(obj, protocol=5, buffer_callback=outside)
     except Exception:
         data = None
-    if data is None or b"__main__" in data:
+    if data is None or b"_main__" in data:
         buffers.clear()
-        data = cloudpickle.dumps(obj, protocol=5, buffer_callback=outside)
+        data = dump_by_value(obj, outside)
     return (data, *map(pickle.PickleBuffer.raw, buffers))
+
+
+def dump_by_value(obj, buffer_callback=None):
+    """One pickle, which has no use for the names of this process's main module."""
+    if spawned := sys.modules.get("__mp_main__"):  # What multiprocessing calls a script.
+        cloudpickle.register_pickle_by_value(spawned)
+    file = io.BytesIO()
+    Pickler(file, protocol=5, buffer_callback=buffer_callback).dump(obj)
+    return file.getvalue()
+
+
+class Pickler(cloudpickle.Pickler):
+    """cloudpickle, for some objects more."""
+
+    def reducer_override(self, obj):
+        """(function, arguments) that make ``obj`` again; or what cloudpickle says of it.
+
+        An exception whose ``__init__`` takes other arguments than it gives to ``Exception`` could
+        be pickled, but not be unpickled.  (tblib helps it likewise.)
+        """
+        if isinstance(obj, (MEMOIZED, typing.NewType)) and obj.__module__.endswith("_main__"):
+            # A script's own; cloudpickle would send no more than its name.
+            if isinstance(obj, MEMOIZED):
+                return memoized, (obj.__wrapped__, obj.cache_parameters())
+            return typing.NewType, (obj.__name__, obj.__supertype__)
+        builtin = isinstance(type(obj).__reduce__, types.MethodDescriptorType)
+        if builtin and isinstance(obj, BaseException):
+            return make_exception, obj.__reduce__()
+        return super().reducer_override(obj)
+
+
+def memoized(func, parameters):
+    """A function with a cache, which is empty."""
+    return functools.lru_cache(**parameters)(func)
+
+
+MEMOIZED = type(memoized(len, {}))
+
+
+def make_exception(kind, args, state=None):
+    """An exception as it was: what its class did with other arguments has left its traces."""
+    builtin = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+    error = builtin.__new__(kind, *args)
+    builtin.__init__(error, *args)
+    error.__setstate__(state)
+    return error
 
 
 def loads(frames):
@@ -2897,12 +2945,13 @@ def dump_function(func):
     """(frame, func, name); the frame is empty if the function has to travel in the call.
 
     A frame of its own is pickled once for a whole ``map``, sent once in each batch, and unpickled
-    once by each worker.  But futures in a function are inputs of each call, to be found each time;
-    and out-of-band buffers would have to stand beside the frame.
+    once by each worker.  But futures in a function are inputs of each call, to be found each time.
+    (Buffers stay in it, whatever their size: beside it, they would travel with each call.)
     """
     name = name_of(func)
     frames, futures = collecting(dump_part, f"the function {name!r}", func)
-    return (b"" if futures or len(frames) > 1 else frames[0]), func, name
+    frame = dump_by_value(func) if len(frames) > 1 else frames[0]
+    return (b"" if futures else frame), func, name
 
 
 def dump_call(function, args, kwargs):
@@ -2944,14 +2993,14 @@ def load_call(run_spec, inputs):
     """(func, args, kwargs) of a pickled call, with ``inputs`` ({key: value}) for its futures.
 
     A plain function is unpickled once; other callables each time, since they may have state that
-    one task would change under another's feet.
+    one task would change under another's feet.  (So is one with large data, which nobody keeps.)
     """
     frame, *call = run_spec
     context = contextvars.copy_context()
     context.run(INPUTS.set, inputs)
     if not frame:
         return context.run(loads, call)
-    func = load_function(bytes(frame))
+    func = load_function(frame) if type(frame) is bytes else None
     if not isinstance(func, (types.FunctionType, types.BuiltinFunctionType, type)):
         func = pickle.loads(frame)
     return func, *context.run(loads, call)
@@ -3014,7 +3063,7 @@ def pack_exception(error, skip=0):
         places = [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in steps]
         data = b""
         with contextlib.suppress(BaseException):  # Whatever it does then is the task's failure.
-            (data,) = dumps(error)
+            data = dump_by_value(error)
         # Python sets that by "from", also by "from None": then there is no cause.
         relation = "__cause__" if error.__suppress_context__ else "__context__"
         links.append((data, text_of(error), places[skip:], relation))
@@ -3035,7 +3084,7 @@ def unpack_exception(frames):
     for data, text, places, relation in reversed(pickle.loads(frames[0])):
         origin, tb = error, rebuild_traceback(places)
         # What stands for one whose class is not known here, or that could not be pickled there (b""),
-        # or can only be pickled, as many can, or becomes something else than an exception.
+        # or cannot be unpickled, or becomes something else than an exception.
         error = RemoteError(text).with_traceback(tb)
         with contextlib.suppress(Exception):
             error = pickle.loads(data).with_traceback(tb)

@@ -121,11 +121,45 @@ def test_the_traceback_of_an_exception_names_files_lines_and_functions():
 
 class NeedsTwo(Exception):
     def __init__(self, first, second):
-        super().__init__(first)
+        super().__init__(f"{first} failed")
+        self.second = second
+
+
+class NeedsFile(OSError):
+    def __init__(self, path, second):
+        super().__init__(2, "not there", path)
+        self.second = second
+
+
+LARGE_VALUE = pickle.PickleBuffer(bytearray(100_000))
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("the text", threading.Lock()), NeedsTwo("the text", 2)]
+    "error",
+    [NeedsTwo("it", 2), NeedsFile("there", 2), NeedsTwo("it", LARGE_VALUE)],
+    ids=["its own", "a file's", "with an array"],
+)
+def test_an_exception_comes_back_as_it_was_whatever_its_class_takes_to_make_one(error):
+    got = unpack_exception(pack_exception(error))
+    assert (type(got), str(got), got.args) == (type(error), str(error), error.args)
+    assert len(bytes(got.second)) == len(bytes(error.second))
+    assert getattr(got, "filename", None) == getattr(error, "filename", None)
+    (one, *_) = unpack_exception(pack_exception(ExceptionGroup("all", [error]))).exceptions
+    assert (type(one), one.args) == (type(error), error.args)
+
+
+class Pedantic(Exception):
+    def __reduce__(self):
+        return Pedantic, ("one", "argument", "too", many)  # noqa: F821
+
+
+class Halved(Exception):
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("the text", threading.Lock()), Pedantic("the text"), Halved("the text")]
 )
 def test_an_exception_that_cannot_be_pickled_is_replaced_by_its_description(error):
     got = unpack_exception(pack_exception(error))
@@ -518,6 +552,16 @@ def test_help_explains_every_flag(command, flags):
         assert p.returncode == 0
         for flag in flags:
             assert re.search(rf"^  {flag}.*\s\w+", out, re.MULTILINE), flag
+
+
+def test_large_data_of_a_function_is_pickled_once_for_a_whole_map():
+    data = pickle.PickleBuffer(bytearray(300_000))
+    function = minidist.dump_function(lambda x: (x, len(bytes(data))))
+    (one, _), (two, _) = (minidist.dump_call(function, (x,), {}) for x in (1, 2))
+    assert one[0] is two[0] and len(one[0]) > 300_000 > 1_000 > sum(map(len, one[1:]))
+    for frame in (one[0], bytearray(one[0])):  # As it comes from far, it is large.
+        func, args, kwargs = minidist.load_call((frame, *two[1:]), {})
+        assert func(*args, **kwargs) == (2, 300_000)
 
 
 def test_a_function_without_an_importable_name_goes_by_value():
@@ -1163,6 +1207,17 @@ def test_a_local_cluster_says_at_once_why_no_process_can_be_started(monkeypatch)
     monkeypatch.setattr(minidist.sys, "executable", "/nowhere/python")
     with pytest.raises(FileNotFoundError, match="/nowhere/python"):
         Client(n_workers=1)
+
+
+def test_the_cluster_of_a_client_can_be_closed_as_any_other():
+    with Client(n_workers=1, threads_per_worker=1) as c:
+        assert "1 workers" in repr(c.cluster)
+    c.cluster.close()
+    with Client(n_workers=1, threads_per_worker=1) as c:
+        c.cluster.close()
+        with pytest.raises(ConnectionError, match="is gone"):
+            while True:  # Until it has heard of that.
+                c.submit(abs, -1)
 
 
 def test_a_path_that_python_passes_over_is_passed_over(monkeypatch):
