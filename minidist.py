@@ -4272,7 +4272,6 @@ class Client(Threaded, Body):
         self, address=None, *, timeout=10, asynchronous=False, name=None, set_as_default=True, **new
     ):
         super().__init__(ClientMind())
-        self.cluster = LocalCluster(asynchronous=True, **new) if address is None else None
         if address is not None and new:
             raise TypeError(f"{', '.join(new)}: for a new cluster, not for one that is there")
         self._address = getattr(address, "address", address)
@@ -4287,6 +4286,7 @@ class Client(Threaded, Body):
         self._scheduler = None  # the Connection
         # The exception type and words that new calls get, before it is connected and at its end.
         self._refusal = (RuntimeError, "this client is not connected: await it first")
+        self.cluster = LocalCluster(asynchronous=asynchronous, **new) if address is None else None
         self._live(asynchronous)
 
     # Life.
@@ -4294,7 +4294,8 @@ class Client(Threaded, Body):
     async def _start(self):
         self.loop, self._thread = asyncio.get_running_loop(), threading.current_thread()
         if self.cluster:
-            await self.cluster
+            if self.asynchronous:
+                await self.cluster
             self._address = self.cluster.address
         self._scheduler, _, batch = await reach_scheduler(self._address, self, self._timeout)
         self._refusal, self.links[SCHEDULER] = None, self._scheduler
@@ -5211,16 +5212,19 @@ class LocalCluster(Threaded):
             n_workers = max(1, cores // (threads or 1)) if processes else 1
         self.n_workers, self.processes = whole("n_workers", n_workers, least=0), processes
         self.threads_per_worker = threads or max(1, cores // max(n_workers, 1))
-        self.scheduler = Scheduler(**options)
+        # Be patient: that a process of ours has ended is seen at once, and a call that keeps the
+        # interpreter's lock makes a worker silent, too.
+        self.scheduler = Scheduler(**{"worker_ttl": 300, **options})
         self.workers = []  # the Workers, if they live in this process
+        self.keepers = []  # else for each worker an asyncio task
         self._live(asynchronous)
 
     async def _start(self):
         await self.scheduler.__aenter__()
-        self.address, tasks = self.scheduler.address, [self.scheduler.start(self._end())]
+        self.address, end = self.scheduler.address, self.scheduler.start(self._end())
         for name in map(str, range(self.n_workers)):
             if self.processes:
-                tasks.append(self.scheduler.start(self._keep(name)))
+                self.keepers.append(self.scheduler.start(self._keep(name)))
             else:
                 self.workers.append(Worker(self.address, self.threads_per_worker, name))
                 await self.workers[-1].__aenter__()
@@ -5229,7 +5233,7 @@ class LocalCluster(Threaded):
             if time.monotonic() > deadline:
                 text = f"{there} of {self.n_workers} worker processes have started"
                 raise TimeoutError(f"{text}; why, the others have said on standard error")
-            done, _ = await asyncio.wait(tasks, timeout=0.01)
+            done, _ = await asyncio.wait([end, *self.keepers], timeout=0.01)
             for task in done:
                 task.result()  # It raises why no process can be started.
 
@@ -5239,10 +5243,7 @@ class LocalCluster(Threaded):
         await self._close()
 
     async def _keep(self, name):
-        """Run a worker process; when it is lost, another, until the cluster ends.
-
-        It is killed then: what it holds is of no use to anybody, and its tasks may take long.
-        """
+        """Run a worker process; when it is lost, another, until the cluster ends."""
         arguments = [self.address, "--nthreads", self.threads_per_worker, "--name", name, "--quiet"]
         while not self.scheduler.ended.is_set():
             start = time.monotonic()
@@ -5253,8 +5254,14 @@ class LocalCluster(Threaded):
                 await asyncio.sleep(1)  # It did not even start: be patient with the next.
 
     async def _close(self):
+        """Workers that do not end by themselves, since a task keeps them busy, are killed."""
         for worker in self.workers:
             await worker.close()
+        if self.scheduler.server and not self.scheduler.ended.is_set():
+            self.scheduler.ended.set()
+            self.scheduler.happens("shutdown", "its LocalCluster")
+        if self.keepers:
+            await asyncio.wait(self.keepers, timeout=1)
         await self.scheduler.close()
 
     def _facts(self):
@@ -5268,13 +5275,14 @@ async def worker_process(*arguments, ended_by):
 
     It also ends when its standard input does: so with this process, however that ends.
     """
-    command = [sys.executable, __file__, "worker", *map(str, arguments), "--until-stdin-ends"]
-    # What the user's script can import, the functions that it submits can too.  (The import system
-    # passes over what is no text there, as a Path; "" is added by the command.)
-    path = os.pathsep.join(folder for folder in sys.path if folder and isinstance(folder, str))
+    # What the user's script can import, the functions that it submits can too, from the same places.
+    # (The import system passes over what is no text there, as a Path.)
+    path = [folder for folder in [*sys.path, os.path.dirname(__file__)] if type(folder) is str]
+    code = f"import sys; sys.path[:] = {path}; import minidist; sys.exit(minidist.main())"
+    command = [sys.executable, "-c", code, "worker", *map(str, arguments), "--until-stdin-ends"]
     # In a session of its own: Ctrl-C in the terminal is for us, and may only interrupt a wait.
-    options = {"env": {**os.environ, "PYTHONPATH": path}, "start_new_session": True}
-    process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, **options)
+    options = {"stdin": subprocess.PIPE, "start_new_session": True}
+    process = await asyncio.create_subprocess_exec(*command, **options)
     try:
         yield process
     finally:
@@ -5364,7 +5372,6 @@ def main(argv=None):
     options = parse(argv)
     level = options.log_level.upper()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
-    sys.path.insert(0, "")  # Modules beside the user are importable.
     # Few of our objects are in cycles, and there are many of them: looking for cycles less often
     # saves a quarter of a busy scheduler's time.
     gc.set_threshold(100_000, 50, 50)
@@ -5460,10 +5467,16 @@ async def run_worker(options):
     It waits for a scheduler for as long as it takes.  When it is asked to end, it first hands over
     what only it holds; a second Ctrl-C ends it at once.
     """
-    if options.nworkers > 1:
-        return await run_workers(options)
     if options.until_stdin_ends:
         threading.Thread(target=end_with_stdin, daemon=True).start()
+    else:
+        sys.path.insert(0, "")  # Modules beside the user are importable.
+    if options.nworkers > 1:
+        return await run_workers(options)
+    # What tasks print is there, however this process ends; and no name of theirs is found in here.
+    if sys.stdout:
+        sys.stdout.reconfigure(line_buffering=True)
+    sys.modules["__main__"] = types.ModuleType("__main__")
     async with Worker(options.address, options.nthreads, options.name, timeout=None) as worker:
         if not options.quiet:
             # In one write: several workers may share a terminal.

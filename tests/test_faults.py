@@ -568,6 +568,7 @@ def test_a_script_needs_no_main_guard_and_its_tasks_can_import_what_is_beside_it
     folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
     folder.mkdir(), elsewhere.mkdir()
     (folder / "beside.py").write_text("def double(x):\n    return 2 * x\n")
+    (elsewhere / "beside.py").write_text("'What the script does not import, its tasks do not.'\n")
     (folder / "script.py").write_text(
         "import beside\n"
         "from minidist import Client\n"
@@ -582,6 +583,46 @@ def test_a_script_needs_no_main_guard_and_its_tasks_can_import_what_is_beside_it
     with process(folder / "script.py", cwd=elsewhere, PYTHONPATH=str(ROOT)) as p:
         out, err = p.communicate(timeout=30)
         assert (out, err, p.returncode) == ("begins\n[2, 4] 6\n", "", 0)
+
+
+def test_what_tasks_print_or_leave_for_their_end_is_there_when_the_script_has_ended(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import atexit, minidist\n"
+        "def note(i):\n"
+        "    print('line', i)\n"
+        "    atexit.register(print, 'end', i)\n"
+        "client = minidist.Client(n_workers=2)\n"
+        "client.gather(client.map(note, range(500)))\n"
+    )
+    with process(tmp_path / "script.py", PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="") as p:
+        out, err = p.communicate(timeout=30)
+        assert (err, p.returncode) == ("", 0)
+    said = [f"{what} {i}" for what in ("line", "end") for i in range(500)]
+    assert sorted(out.splitlines()) == sorted(said)
+
+
+def test_what_a_script_has_wrapped_or_spawned_goes_by_value_too(tmp_path):
+    """Names of its main module mean nothing, or something else, where its tasks run."""
+    (tmp_path / "script.py").write_text(
+        "import concurrent.futures, functools, multiprocessing, sys, typing, minidist\n"
+        "@functools.cache\n"
+        "def count(n):\n"
+        "    return n if n < 2 else count(n - 1) + count(n - 2)\n"
+        "Number = typing.NewType('Number', int)\n"
+        "def call(n: Number) -> Number:\n"
+        "    return Number(count(n))\n"
+        "def submit_two(address):\n"
+        "    with minidist.Client(address) as client:\n"
+        "        return client.submit(call, 8).result(), client.submit(count, 9).result()\n"
+        "if __name__ == '__main__':\n"
+        "    with minidist.Client(n_workers=1) as client:\n"
+        "        spawn = multiprocessing.get_context('spawn')\n"
+        "        address = client.scheduler_info()['address']\n"
+        "        with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:\n"
+        "            print(submit_two(address), pool.submit(submit_two, address).result())\n"
+    )
+    with process(tmp_path / "script.py", PYTHONPATH=str(ROOT)) as p:
+        assert p.communicate(timeout=60) == ("(21, 34) (21, 34)\n", "")
 
 
 def test_a_script_that_ends_without_closing_its_client_has_sent_all(scheduler, listener, tmp_path):

@@ -295,7 +295,7 @@ def test_a_scheduler_logs_clients_and_nothing_of_errors_in_their_tasks(scheduler
         with Client(scheduler.address, name="alice") as c:
             assert line_of(scheduler) == "INFO Client alice-NUMBER joined"
             c.shutdown()
-        assert line_of(scheduler) == "INFO Client alice-NUMBER ends the cluster"
+        assert line_of(scheduler) == "INFO The cluster is shut down by alice-NUMBER"
         assert a.communicate(timeout=30) == ("", "")
         assert scheduler.communicate(timeout=30)[0] == ""
 
