@@ -43,6 +43,7 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import contextvars
+import datetime
 import errno
 import functools
 import gc
@@ -55,6 +56,8 @@ import io
 import json
 import logging
 import math
+import numbers
+import operator
 import os
 import pickle
 import re
@@ -220,7 +223,8 @@ FIELDS = {  # {field: its kind}, the same in every message
     field: kind
     for kind, fields in (
         (to_key, "key"),
-        (int, "want attempt nbytes nthreads duration_us ttl_us priority order retries number"),
+        (int, "want attempt nbytes nthreads duration_us ttl_us order retries number"),
+        (float, "priority"),
         (str, "id name type status text worker what"),
         (bool, "wanted loose broadcast force"),
         (to_frames, "run_spec value exception"),
@@ -1849,7 +1853,7 @@ class SchedulerMind(Mind):
         # In one number, since heaps compare little else: by the user's priority, and among equals
         # by the order of submission.  So it is never another's.
         self.submitted += 1
-        order = self.submitted - priority * MANY
+        order = self.submitted - int(priority * MANY)
         ts = self.tasks[key] = TaskState(key, name, order, run_spec, tuple(workers), loose, retries)
         return ts
 
@@ -2787,6 +2791,8 @@ async def shake_hands(reader, writer, role, worker, accepting):
         if not hmac.compare_digest(await reader.readexactly(32), expected):
             raise PermissionError(f"a {ROLES[peer]} with a {REFUSAL}")
     except (asyncio.IncompleteReadError, ConnectionResetError):
+        if accepting:
+            raise
         raise PermissionError(REFUSAL) from None  # It hung up on our proof.
     if accepting:
         writer.write(proof)
@@ -2825,7 +2831,7 @@ def secret():
 def split_address(address):
     """("HOST", PORT) of "tcp://HOST:PORT" or "HOST:PORT"; ValueError if it is neither."""
     host, colon, port = str(address).removeprefix("tcp://").rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+    if not colon or not host or "/" in host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{address!r} is no address: it should look like '127.0.0.1:8786'")
     return host.strip("[]"), int(port)
 
@@ -3219,7 +3225,7 @@ class Body(Entered):
     async def listen(self, host, port):
         """Serve whoever connects; ``address`` says where.  Raises OSError if the port is taken."""
         secret()  # Without one nobody could be served: say so now.
-        host = host or "0.0.0.0"  # (To listen by both protocols would take two ports.)
+        host = host.strip("[]") or "0.0.0.0"  # (To listen by both protocols would take two ports.)
         options = {"limit": 4 * CHUNK, "start_serving": False}
         self.server = await asyncio.start_server(self.accept, host, port, **options)
         await self.server.start_serving()  # Only now: to be cancelled in there would lose it.
@@ -4121,7 +4127,19 @@ def outcome(state):
         except Exception as error:
             raise RuntimeError(f"the result of {state.key!r} cannot be unpickled here") from error
     # (Not by a variable: the exception refers to this frame, which would refer to it.)
-    raise failure(state)
+    raise to_be_raised(failure(state))
+
+
+def to_be_raised(error):
+    """What ``result()`` raises: the task's own exception, but none that would end a loop in silence.
+
+    (As PEP 479 has it for generators.)
+    """
+    if isinstance(error, (StopIteration, StopAsyncIteration)):
+        stop = RuntimeError("the task raised StopIteration")
+        stop.__cause__ = error
+        return stop
+    return error or RuntimeError("it was retried just now: wait for it again")
 
 
 def failure(state):
@@ -4136,23 +4154,39 @@ def failure(state):
 
 
 def whole(option, number, least):
-    """A whole number that a user gave.  Raises TypeError if it is none, ValueError if too small."""
-    if type(number) is not int or number.bit_length() > 63:
-        raise TypeError(f"{option}={number!r} is no whole number of 64 bits")
-    if number < least:
-        raise ValueError(f"{option}={number} is too small: at least {least}")
+    """A whole number that a user gave.  Raises TypeError if it is none, ValueError if it is out."""
+    try:
+        number = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{option}={number!r:.80} is no whole number") from None
+    if not least <= number < 1 << 63:
+        raise ValueError(f"{option}={number} is too {'small' if number < least else 'large'}")
     return number
 
 
+UNITS = {
+    "": 1,
+    "s": 1,
+    "second": 1,
+    "ms": 1e-3,
+    "millisecond": 1e-3,
+    "us": 1e-6,
+    "microsecond": 1e-6,
+}
+UNITS |= {"m": 60, "minute": 60, "h": 3600, "hour": 3600, "d": 86400, "day": 86400}
+
+
 def seconds(timeout):
-    """A timeout in seconds: None, a number, or a string like "10 ms", "0.5s", "2 minutes"."""
+    """A timeout in seconds: None, a number, a timedelta, or a string like "10 ms", "2 minutes"."""
     if timeout is None or (isinstance(timeout, (int, float)) and not isinstance(timeout, bool)):
         return timeout
-    units = {"us": 1e-6, "ms": 1e-3, "s": 1, "": 1, "second": 1, "m": 60, "minute": 60, "h": 3600}
-    match = re.fullmatch(r"\s*([\d.]+)\s*(us|ms|s|m|h|second|minute|)s?\s*", str(timeout))
-    if not match:
+    if isinstance(timeout, datetime.timedelta):
+        return timeout.total_seconds()
+    match = re.fullmatch(r"\s*([\d.]+(?:e[-+]?\d+)?)\s*([a-z]*)\s*", str(timeout))
+    unit = match and UNITS.get(match[2], UNITS.get(match[2].removesuffix("s")))
+    if not unit:
         raise ValueError(f"timeout={timeout!r} is no time: use seconds, or a string like '10 ms'")
-    return float(match[1]) * units[match[2]]
+    return float(match[1]) * unit
 
 
 @functools.cache
@@ -4536,12 +4570,14 @@ class Client(Threaded, Body):
             raise TypeError(f"the first argument must be callable, {func!r:.80} is not")
         if reserved := RESERVED & kwargs.keys():
             raise TypeError(f"the option {min(reserved)}= is not built yet")
-        priority = whole("priority", kwargs.pop("priority", 0), least=-(1 << 63))
-        retries = whole("retries", kwargs.pop("retries", None) or 0, least=0)
+        priority, retries = kwargs.pop("priority", 0), kwargs.pop("retries", None) or 0
+        if not isinstance(priority, numbers.Real) or not abs(priority) < 1 << 63:
+            raise TypeError(f"priority={priority!r:.80} is no number, or too large")
         loose, workers = kwargs.pop("allow_other_workers", False), kwargs.pop("workers", None)
         if loose and workers is None:
             raise ValueError("allow_other_workers= without workers=: other than which?")
-        return priority, names_of(workers) or [], bool(loose), retries
+        retries = whole("retries", retries, least=0)
+        return float(priority), names_of(workers) or [], bool(loose), retries
 
     def _check_open(self):
         """Nothing new is taken after the end, nor after a fork.
@@ -4844,7 +4880,7 @@ class Client(Threaded, Body):
                     error = unpack_exception(answer[1]) if isinstance(answer, list) else answer
                     results[address] = error
                     if on_error == "raise":
-                        raise error
+                        raise to_be_raised(error)
             return results
 
         return self._then(finish, run)
@@ -5035,7 +5071,9 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
         return not self.count()
 
     def has_ready(self):
-        """Whether the next one is done already."""
+        """Whether the next one is done already.  (One that was retried since is waited for anew.)"""
+        while self._ready and self.with_results and not settled(self._ready[0]._state, value=True):
+            self.add(self._ready.popleft())
         return bool(self._ready)
 
     def next_batch(self, block=True):
@@ -5053,7 +5091,7 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
 
     async def _wait(self):
         """Wait until one is done, or none is left.  (Another thread may be faster to take it.)"""
-        while self._pending and not self._ready:
+        while not self.has_ready() and self._pending:
             self._news.clear()
             news = asyncio.ensure_future(self._news.wait())
             try:
@@ -5081,7 +5119,7 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
 
     def __next__(self):
         with self._lock:
-            if self._pending and not self._ready:
+            if not self.has_ready() and self._pending:
                 if self.client.asynchronous:
                     raise TypeError("the futures of an asynchronous client need async for, not for")
                 self.client._run(self._wait())

@@ -135,7 +135,7 @@ def fields_of(message):
 
 def test_a_message_arrives_as_it_was_sent():
     inputs = [("y", 2), (("z", 0), 3)]
-    message = ["submit", ("x", 1), 1, "inc", (b"inc", b"args"), inputs, 0, ["a"], False, 0]
+    message = ["submit", ("x", 1), 1, "inc", (b"inc", b"args"), inputs, 0.5, ["a"], False, 0]
     assert travel(message, "client") == message
 
 
@@ -752,7 +752,7 @@ class Cluster:
             if not set(futures) <= set(self.usable(client)):
                 return None  # Some other time: what it needs is only now being scattered.
             spec, options = (b"%d" % call.n,), (list(call.workers), call.loose, call.retries)
-            state = mind.stimulus_submit(key, call.name, spec, futures, call.n % 3, *options)
+            state = mind.stimulus_submit(key, call.name, spec, futures, call.n % 3 / 2, *options)
         self.seen["resubmitted while it runs"] += state.count == 1 and self.is_running(key)
         self.held[client].append(state)
         self.flush(client)
@@ -1668,6 +1668,8 @@ def of_kind(kind):
         return few(st.binary(max_size=200)).map(tuple)
     if kind is minidist.anything:
         return st.integers() | few(st.text())
+    if kind is float:
+        return st.floats(allow_nan=False)
     return keys if kind is minidist.to_key else st.from_type(kind)
 
 

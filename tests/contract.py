@@ -577,6 +577,20 @@ async def tasks_of_higher_priority_run_first(client):
     return tally.words()
 
 
+@program("submit", gives=["most", "more", "less"])
+async def a_priority_may_be_any_number(client):
+    tally = Tally()
+    with Gate() as gate:
+        gone = client.submit(gate.through, workers="bob")
+        futures = [
+            client.submit(tally.add, word, gone, workers="bob", priority=priority)
+            for word, priority in {"less": 0.25, "more": 0.5, "most": True}.items()
+        ]
+        await client.submit(gate.open, workers="alice").result()
+        await wait(futures)
+    return tally.words()
+
+
 @program("submit", gives=3)
 async def a_task_that_fails_is_retried_as_often_as_asked(client):
     tally = Tally()
