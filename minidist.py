@@ -5232,10 +5232,11 @@ class LocalCluster(Threaded):
     worker process that is lost is replaced, and each ends when this process does, however that
     ends.  What can be imported here can be there.
 
-    ``options`` are those of ``Scheduler``: with ``host="0.0.0.0"``, clients and workers on other
-    machines can join.  ``address`` is its scheduler's, ``scheduler`` the scheduler itself, whose
-    ``state`` can be looked at.  ``with`` (or ``async with``, if ``asynchronous``) starts and
-    closes it.  Raises OSError if the port is taken, TimeoutError if its workers do not start.
+    ``options`` are those of ``Scheduler`` (but ``worker_ttl`` is 300): with ``host="0.0.0.0"``,
+    clients and workers on other machines can join.  ``address`` is its scheduler's, ``scheduler``
+    the scheduler itself, whose ``state`` can be looked at.  ``with`` (or ``async with``, if
+    ``asynchronous``) starts and closes it.  Raises OSError if the port is taken, TimeoutError if
+    its workers do not start.
 
     With ``processes=False`` all is in one process: for a look at everything in a debugger, or for
     tasks that spend their time in compiled code or waiting.
