@@ -877,6 +877,17 @@ class ClientMind(FetchingMind):
 #   What if.  A lost worker takes along its attempts, which are placed again, and its values, which
 #       are computed again as far as they are needed.  What was on it is suspected of having killed
 #       it.  Scattered data has no call: it is lost for good, and whoever needs it is told so.
+#   Data.  Two kinds of attempt compute nothing, and take no thread.  A *put* brings scattered data
+#       from a client that gives it to a worker; meanwhile its task is in "processing".  A *copy*
+#       brings a value from one worker to another: for a broadcast, off a worker that leaves, around
+#       a broken link.  Its task is in "memory", and stays there.  What a worker is to get in either
+#       way is its ``arriving``.  And since no call makes data, its only replica is not freed when
+#       somebody could not fetch it: it is *stuck* there, and who needs it goes there.
+#
+# How much a worker is sent is its *room*.  Say that it has two threads, so a room of 2,000 us.  Of
+# tasks known to take 10 us it is sent 200, which keep it busy while the next are on their way.  Of
+# tasks that take a second it is sent two, one for each thread; and two of a function that nobody
+# has measured yet, since it might take an hour, with others waiting behind it.
 
 # The costs are guesses, and are only compared with each other: a wrong one makes a task start
 # somewhat later than it could, never a result wrong.
@@ -1003,9 +1014,17 @@ UNFINISHED = ("waiting", "queued", "no-worker", "processing")
 class SchedulerMind(Mind):
     """Decides what runs where.
 
-    A task's life goes down the table below, and back to "waiting" when what it has, or needs, is
-    lost.  From everywhere it goes back to "released" when nobody needs it; and from there it is
-    forgotten, if nothing that is kept might have to be computed from it again.
+        released ---> waiting ------> queued ---> processing ---> memory
+            |          |    |           ^              |
+            v          |    v           |              v
+        forgotten      |   no-worker ---+            erred
+                       |                               ^
+                       +-------------------------------+  (an input has failed)
+
+    That is a task's way forward; data, which waits in no queue, goes from "waiting" or "no-worker"
+    to "processing".  It comes back to "waiting" when what it has, or needs, is lost, and when it is
+    retried; from everywhere to "released" when nobody needs it.  From there it is forgotten, if
+    nothing that is kept might have to be computed from it again.  The table has each edge.
 
     ``first_attempt`` must grow from one scheduler's life to the next.  A worker that gives no
     sign of life for ``ttl_us`` is dead.
@@ -2058,7 +2077,7 @@ class SchedulerMind(Mind):
                 self.tell(cs, ts)
 
     def hand_over(self, ws):
-        """Copy what ``ws`` holds and none that stays, as long as there is one that could have it.
+        """Copy what no worker that stays has, but ``ws``, which leaves, to one that stays.
 
         ``ws.leaving`` holds what is being copied; when it is empty, and nothing more is found here,
         the worker may go.  A value that is computed, or copied, there meanwhile is found too; and
@@ -2094,7 +2113,7 @@ class SchedulerMind(Mind):
             self.mark(ts)
 
     def strike(self, ts, holders):
-        """Somebody did not get the value from these holders: free it there, use others.
+        """A value could not be fetched from these holders: free it there, so that others are used.
 
         If there is no other, it is computed again; but links can stay broken, so not for ever.
         The only copy of data is kept: whoever needs it has to go there.
@@ -2684,7 +2703,7 @@ class Connection:
             self.loop.call_soon(self.flush)
 
     def flush(self):
-        """Write one batch; if it is large, or the peer is slow, in a task.
+        """Write one batch; if it is large, or its reader slow, in an asyncio task.
 
         One batch at a time, so that order is kept: while a task writes, what is sent waits in the
         outbox, and the task ends with another flush.
@@ -3092,8 +3111,8 @@ def unpack_exception(frames):
     error = None
     for data, text, places, relation in reversed(pickle.loads(frames[0])):
         origin, tb = error, rebuild_traceback(places)
-        # What stands for one whose class is not known here, or that could not be pickled there (b""),
-        # or cannot be unpickled, or becomes something else than an exception.
+        # What stands for one that could not be pickled there (b""), or whose class is not known
+        # here, or that cannot be unpickled, or becomes something else than an exception.
         error = RemoteError(text).with_traceback(tb)
         with contextlib.suppress(Exception):
             error = pickle.loads(data).with_traceback(tb)
@@ -4134,7 +4153,7 @@ def outcome(state):
 
 
 def to_be_raised(error):
-    """What ``result()`` raises: the task's own exception, but none that would end a loop in silence.
+    """What ``result()`` raises: the task's own exception, unless it would end a loop in silence.
 
     (As PEP 479 has it for generators.)
     """
@@ -5074,7 +5093,7 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
         return not self.count()
 
     def has_ready(self):
-        """Whether the next one is done already.  (One that was retried since is waited for anew.)"""
+        """Whether the next one is done already.  (If it was retried since, it is waited for.)"""
         while self._ready and self.with_results and not settled(self._ready[0]._state, value=True):
             self.add(self._ready.popleft())
         return bool(self._ready)
@@ -5317,8 +5336,8 @@ async def worker_process(*arguments, ended_by):
 
     It also ends when its standard input does: so with this process, however that ends.
     """
-    # What the user's script can import, the functions that it submits can too, from the same places.
-    # (The import system passes over what is no text there, as a Path.)
+    # What the user's script can import, the functions that it submits can too, from there.  (The
+    # import system passes over what is no text, as a Path.)
     path = [folder for folder in [*sys.path, os.path.dirname(__file__)] if type(folder) is str]
     code = f"import sys; sys.path[:] = {path}; import minidist; sys.exit(minidist.main())"
     command = [sys.executable, "-c", code, "worker", *map(str, arguments), "--until-stdin-ends"]
