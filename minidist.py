@@ -5340,7 +5340,9 @@ async def worker_process(*arguments, ended_by):
     # import system passes over what is no text, as a Path.)
     path = [folder for folder in [*sys.path, os.path.dirname(__file__)] if type(folder) is str]
     code = f"import sys; sys.path[:] = {path}; import minidist; sys.exit(minidist.main())"
-    command = [sys.executable, "-c", code, "worker", *map(str, arguments), "--until-stdin-ends"]
+    # (-P: so Python itself looks for nothing in the current folder, which may be gone.)
+    command = [sys.executable, "-P", "-c", code, "worker", *map(str, arguments)]
+    command.append("--until-stdin-ends")
     # In a session of its own: Ctrl-C in the terminal is for us, and may only interrupt a wait.
     options = {"stdin": subprocess.PIPE, "start_new_session": True}
     process = await asyncio.create_subprocess_exec(*command, **options)
