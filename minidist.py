@@ -1872,7 +1872,7 @@ class SchedulerMind(Mind):
         # In one number, since heaps compare little else: by the user's priority, and among equals
         # by the order of submission.  So it is never another's.
         self.submitted += 1
-        order = self.submitted - int(priority * MANY)
+        order = self.submitted - int(priority * MANY) * MANY
         ts = self.tasks[key] = TaskState(key, name, order, run_spec, tuple(workers), loose, retries)
         return ts
 

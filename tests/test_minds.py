@@ -1,6 +1,7 @@
 """Transcripts of the scheduler's mind for which the textbook has no room: one for each mechanism."""
 
 import inspect
+import math
 import sys
 from itertools import cycle
 
@@ -576,6 +577,17 @@ def test_a_queue_remembers_few_of_those_that_were_taken_out_of_it():
         s.release(f"x{n}")
         assert len(s.queue.heap) <= 2 * len(s.queue) + 16
     assert s.states() == {"x0": "processing"}
+
+
+def test_tasks_wait_in_order_however_little_their_priorities_differ():
+    s = Scheduler()
+    priorities = [math.nextafter(4.0, 5.0), 4.0, math.nextafter(4.0, 0.0), 1e-15, 0.0, -1e-15]
+    for n, priority in enumerate(reversed(priorities)):
+        s.submit(f"x{n}", priority=priority)
+    s.stimulus_register_worker("w", "w", 1, [], [])
+    for n in range(5, -1, -1):
+        assert s.states()[f"x{n}"] == "processing"
+        s.finish(f"x{n}")
 
 
 @pytest.mark.parametrize("tiny_inputs, urgent_inputs", [("x", ""), ("", "x")])
