@@ -2978,8 +2978,9 @@ def dump_function(func):
     """
     name = name_of(func)
     frames, futures = collecting(dump_part, f"the function {name!r}", func)
-    frame = dump_by_value(func) if len(frames) > 1 else frames[0]
-    return (b"" if futures else frame), func, name
+    if futures:
+        return b"", func, name
+    return dump_by_value(func) if len(frames) > 1 else frames[0], func, name
 
 
 def dump_call(function, args, kwargs):

@@ -565,6 +565,16 @@ def test_large_data_of_a_function_is_pickled_once_for_a_whole_map():
         assert func(*args, **kwargs) == (2, 300_000)
 
 
+@on_cluster
+async def test_a_function_may_have_a_future_and_large_data(c, a, b):
+    def add(future, data, x):
+        return future + len(bytes(data)) + x
+
+    data = pickle.PickleBuffer(bytearray(300_000))
+    (y,) = c.map(functools.partial(add, c.submit(abs, -1), data), [2])
+    assert await y == 300_003
+
+
 def test_a_function_without_an_importable_name_goes_by_value():
     base = 10
     assert loads(dumps(lambda x: base + x))(1) == 11
