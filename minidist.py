@@ -4187,16 +4187,9 @@ def whole(option, number, least):
     return number
 
 
-UNITS = {
-    "": 1,
-    "s": 1,
-    "second": 1,
-    "ms": 1e-3,
-    "millisecond": 1e-3,
-    "us": 1e-6,
-    "microsecond": 1e-6,
-}
-UNITS |= {"m": 60, "minute": 60, "h": 3600, "hour": 3600, "d": 86400, "day": 86400}
+UNITS = {"us": 1e-6, "ms": 1e-3, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+UNITS |= {"microsecond": 1e-6, "millisecond": 1e-3}
+UNITS |= {word: UNITS[word[0]] for word in ("second", "minute", "hour", "day")}
 
 
 def seconds(timeout):
@@ -5010,7 +5003,7 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED):
     Raises TimeoutError after ``timeout``, CancelledError if one of them was cancelled; errors of
     tasks are not raised.  No result is fetched.
     """
-    if timeout is not None and not isinstance(timeout, (int, float, str)):
+    if isinstance(timeout, Future):
         raise TypeError("wait takes one collection of futures: wait([x, y]), not wait(x, y)")
     # dask: FIRST_EXCEPTION is not implemented there.
     enough = {ALL_COMPLETED: None, FIRST_COMPLETED: settled, FIRST_EXCEPTION: failed}

@@ -590,6 +590,17 @@ async def test_wait_can_return_at_the_first_exception(c, a, b):
 
 
 @on_cluster
+async def test_wait_takes_any_time_that_others_take(c, a, b):
+    x, y = c.submit(through, 0), c.submit(abs, -1)
+    with pytest.raises(TimeoutError):
+        await wait([x], timeout=datetime.timedelta(milliseconds=20))
+    with pytest.raises(ValueError, match="is no time"):
+        await wait([x], timeout=[y])
+    with pytest.raises(TypeError, match="not wait"):
+        wait(x, y)
+
+
+@on_cluster
 async def test_an_exception_comes_back_with_its_cause(c, a, b):
     def fail():
         try:
