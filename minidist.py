@@ -3243,7 +3243,8 @@ class Body(Entered):
         for task in others:
             if not task.cancelling():  # Else it is ending, and may have to clean up.
                 task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        # (Shielded: to cancel this, as another ``stop`` would, must not disturb those that clean up.)
+        await asyncio.shield(asyncio.gather(*others, return_exceptions=True))
 
     async def listen(self, host, port):
         """Serve whoever connects; ``address`` says where.  Raises OSError if the port is taken."""

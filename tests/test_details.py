@@ -1185,6 +1185,27 @@ def test_a_client_sends_all_that_was_submitted_before_it_closes(scheduler, liste
             assert int.from_bytes(home.recv(8), "big") == w.pid
 
 
+def test_what_is_stopped_twice_at_once_cleans_up_undisturbed():
+    async def main():
+        body, cleaned_up = minidist.Body(minidist.WorkerMind()), []
+
+        async def work():
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(0.01)
+                cleaned_up.append(True)
+
+        body.start(work())
+        body.start(body.stop())  # As a cluster that a client shuts down, ...
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await body.stop()  # ... and that its user closes.
+        assert cleaned_up
+
+    asyncio.run(main())
+
+
 @pytest.mark.filterwarnings("ignore:a call of more than 10 MB")
 def test_a_client_can_be_closed_while_a_large_call_is_being_sent(capfd):
     for _ in range(5):
