@@ -4384,6 +4384,7 @@ class Client(Threaded, Body):
             await self._scheduler.close()
         if self.cluster:
             await self.cluster._close()
+            atexit.unregister(self.cluster.close)  # It would be kept as long as this process.
 
     def shutdown(self):
         """End the whole cluster, and close.

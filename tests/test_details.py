@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import functools
+import gc
 import operator
 import os
 import pickle
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 
 import pytest
 from hypothesis import assume, given, settings
@@ -1331,6 +1333,18 @@ def test_the_cluster_of_a_client_can_be_closed_as_any_other():
         with pytest.raises(ConnectionError, match="is gone"):
             while True:  # Until it has heard of that.
                 c.submit(abs, -1)
+
+
+def test_a_client_that_was_closed_leaves_nothing_of_its_cluster():
+    with Client(processes=False) as c:
+        cluster = weakref.ref(c.cluster)
+    del c
+    for _ in range(100):
+        gc.collect()
+        if cluster() is None:
+            break
+        time.sleep(0.01)
+    assert cluster() is None
 
 
 def test_a_path_that_python_passes_over_is_passed_over(monkeypatch):
