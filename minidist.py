@@ -2905,7 +2905,7 @@ class Pickler(cloudpickle.Pickler):
     """cloudpickle, for some objects more."""
 
     def reducer_override(self, obj):
-        """(function, arguments) that make ``obj`` again; or what cloudpickle says of it.
+        """(function, arguments) that make ``obj`` again, and its state; or what cloudpickle says.
 
         An exception whose ``__init__`` takes other arguments than it gives to ``Exception`` could
         be pickled, but not be unpickled.  (tblib helps it likewise.)
@@ -2914,7 +2914,7 @@ class Pickler(cloudpickle.Pickler):
             # A script's own; cloudpickle would send no more than its name.
             if isinstance(obj, MEMOIZED):
                 return memoized, (obj.__wrapped__, obj.cache_parameters())
-            return typing.NewType, (obj.__name__, obj.__supertype__)
+            return typing.NewType, (obj.__name__, obj.__supertype__), vars(obj)
         builtin = isinstance(type(obj).__reduce__, types.MethodDescriptorType)
         if builtin and isinstance(obj, BaseException):
             return make_exception, obj.__reduce__()

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+import typing
 import weakref
 
 import pytest
@@ -575,6 +576,14 @@ async def test_a_function_may_have_a_future_and_large_data(c, a, b):
     data = pickle.PickleBuffer(bytearray(300_000))
     (y,) = c.map(functools.partial(add, c.submit(abs, -1), data), [2])
     assert await y == 300_003
+
+
+def test_a_new_type_of_a_script_can_travel_on_from_where_it_came():
+    number = typing.NewType("Number", int)
+    number.__module__ = "__main__"
+    for _ in range(2):
+        number = loads(dumps(number))
+        assert (number.__module__, number(3)) == ("__main__", 3)
 
 
 def test_a_function_without_an_importable_name_goes_by_value():
