@@ -2932,9 +2932,13 @@ MEMOIZED = type(memoized(len, {}))
 def make_exception(kind, args, state=None):
     """An exception as it was: what its class did with other arguments has left its traces."""
     builtin = next(base for base in kind.__mro__ if base.__module__ == "builtins")
-    error = builtin.__new__(kind, *args)
-    builtin.__init__(error, *args)
-    error.__setstate__(state)
+    try:
+        error = builtin.__new__(kind, *args)
+        builtin.__init__(error, *args)
+    except TypeError:  # They are for its own ``__new__``: as those of most kinds of groups are.
+        error = kind(*args)
+    if state:
+        error.__setstate__(state)
     return error
 
 

@@ -152,6 +152,24 @@ def test_an_exception_comes_back_as_it_was_whatever_its_class_takes_to_make_one(
     assert (type(one), one.args) == (type(error), error.args)
 
 
+class Group(ExceptionGroup):
+    def __new__(cls, errors, code):
+        self = super().__new__(cls, f"exit code {code}", errors)
+        self.code = code
+        return self
+
+
+class Stateful(Exception):
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+
+@pytest.mark.parametrize("error", [Group([ValueError("one")], 3), Stateful("the text")])
+def test_an_exception_comes_back_as_it_was_though_its_class_makes_it_in_its_own_way(error):
+    got = unpack_exception(pack_exception(error))
+    assert (type(got), str(got), vars(got)) == (type(error), str(error), vars(error))
+
+
 class Pedantic(Exception):
     def __reduce__(self):
         return Pedantic, ("one", "argument", "too", many)  # noqa: F821
