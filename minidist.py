@@ -5104,12 +5104,13 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
         For an iteration by ``for``, whose client is synchronous.
         """
         batch = [next(self)] if block else []
-        return batch + [next(self) for _ in range(len(self._ready))]
+        return batch + list(islice(self, len(self._ready)))  # (Others may take some of them.)
 
     def batches(self):
         """Iterate over ``next_batch()``."""
-        while not self.is_empty():
-            yield self.next_batch()
+        with contextlib.suppress(StopIteration):  # Others may take the last one, too.
+            while True:
+                yield self.next_batch()
 
     async def _wait(self):
         """Wait until one is done, or none is left.  (Another thread may be faster to take it.)"""

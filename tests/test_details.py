@@ -927,6 +927,15 @@ def test_what_was_retried_before_its_turn_comes_when_it_is_done_again():
         assert list(done) == [(future, "at last")]
 
 
+def test_threads_may_share_batches():
+    with Client(n_workers=1, processes=False) as c:
+        for n in range(20):
+            done = minidist.as_completed(c.map(abs, range(10 * n, 10 * n + 6)))
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                shares = list(pool.map(lambda share: list(share.batches()), [done] * 4))
+            assert sum(len(batch) for batches in shares for batch in batches) == 6
+
+
 @pytest.mark.parametrize(
     "text, value",
     [("10 ms", 0.01), ("0.5s", 0.5), ("2 minutes", 120), ("1 hour", 3600), ("1e3 us", 1e-3)]
