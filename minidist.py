@@ -5296,8 +5296,7 @@ class LocalCluster(Threaded):
                 text = f"{there} of {self.n_workers} worker processes have started"
                 raise TimeoutError(f"{text}; why, the others have said on standard error")
             done, _ = await asyncio.wait([end, *self.keepers], timeout=0.01)
-            for task in done:
-                task.result()  # It raises why no process can be started.
+            await asyncio.gather(*done)  # It raises why no process can be started.
 
     async def _end(self):
         """A client may shut the cluster down: then it closes as if the user had closed it."""

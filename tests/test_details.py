@@ -1354,10 +1354,12 @@ async def test_sizes_are_asked_for_by_a_key_a_future_or_a_list_of_them(c, a, b):
         assert await c.nbytes(keys) == sizes
 
 
-def test_a_local_cluster_says_at_once_why_no_process_can_be_started(monkeypatch):
+def test_a_local_cluster_says_at_once_why_no_process_can_be_started(monkeypatch, caplog):
     monkeypatch.setattr(minidist.sys, "executable", "/nowhere/python")
     with pytest.raises(FileNotFoundError, match="/nowhere/python"):
-        Client(n_workers=1)
+        Client(n_workers=3)
+    gc.collect()
+    assert not caplog.records, "and says it once"
 
 
 def test_the_cluster_of_a_client_can_be_closed_as_any_other():
