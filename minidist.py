@@ -2650,7 +2650,7 @@ class Connection:
         self.outbox = []  # messages that no batch has taken yet
         self.writer = None  # until hands were shaken
         self.writing = None  # the task that writes what one turn of the loop could not
-        self.following = None  # the task that reads, if whoever made this connection started one
+        self.following = None  # the task that reads
         self.heard = False  # whether a byte has come since somebody last looked
         self.loop = asyncio.get_running_loop()
 
@@ -3277,7 +3277,7 @@ class Body(Entered):
         ``batch`` are those that were read before it was known who the peer is.  All of a batch are
         given to the mind before it is flushed, so that the answers make one batch, too.
         """
-        self.links[peer] = connection
+        self.links[peer], connection.following = connection, asyncio.current_task()
         try:
             with dropping(peer):
                 while True:
@@ -3460,11 +3460,10 @@ class Scheduler(Body):
         """
         if self.server:
             self.server.close()
-        deadline = time.monotonic() + 1
-        while self.ended.is_set() and self.state.workers and time.monotonic() < deadline:
+        if self.ended.is_set() and self.links:
             # They were told good-bye, and hang up first: if we did while something of theirs is
             # under way, TCP would reset the connection, and they might not read the good-bye.
-            await asyncio.sleep(0.01)
+            await asyncio.wait([link.following for link in self.links.values()], timeout=1)
         await self.stop()
         if self.recording:
             self.recording.close()
