@@ -3491,6 +3491,8 @@ class Scheduler(Body):
         a ``KilledWorker``: a process of ours is asked for its exit code or signal.
         """
         batch = await connection.receive()
+        if self.ended.is_set():
+            return  # Who shook hands just before the end was not told good-bye.
         # Who registers says its id first; for the mind that is the peer, as in all that follows.
         first = batch[0] if batch else [""]
         peer = first.pop(1) if first[0].startswith("register-") else SCHEDULER

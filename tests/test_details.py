@@ -1223,6 +1223,21 @@ def test_a_client_sends_all_that_was_submitted_before_it_closes(scheduler, liste
             assert int.from_bytes(home.recv(8), "big") == w.pid
 
 
+def test_who_was_about_to_register_when_the_cluster_was_shut_down_is_not_kept():
+    async def main():
+        async with minidist.Scheduler() as s:
+            late = minidist.Connection()
+            await late.connect(s.address, "client")
+            async with Client(s.address, asynchronous=True) as c:
+                await c.shutdown()
+            late.send(["register-client", "late", []])
+            with pytest.raises(EOFError):
+                await late.receive()
+            await late.close()
+
+    asyncio.run(main())
+
+
 def test_what_is_stopped_twice_at_once_cleans_up_undisturbed():
     async def main():
         body, cleaned_up = minidist.Body(minidist.WorkerMind()), []
