@@ -1,5 +1,6 @@
 """What all tests share: signals as in a terminal; and whatever their schedulers record replays."""
 
+import os
 import signal
 import tempfile
 from pathlib import Path
@@ -17,7 +18,10 @@ def pytest_configure():
     """A shell has SIGINT ignored in the background, and what is started there inherits that.
 
     Tests that interrupt what they have started mean it.
+
+    And a worker's process that finds its environment as it should be need not begin twice.
     """
+    os.environ.update({**minidist.ENVIRONMENT, **os.environ})
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

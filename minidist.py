@@ -2886,7 +2886,7 @@ def dumps(obj):
         data = pickle.dumps(obj, protocol=5, buffer_callback=outside)
     except Exception:
         data = None
-    if data is None or b"_main__" in data:
+    if data is None or b"_main__" in data or cloudpickle.list_registry_pickle_by_value():
         buffers.clear()
         data = dump_by_value(obj, outside)
     return (data, *map(pickle.PickleBuffer.raw, buffers))
@@ -2937,8 +2937,8 @@ def make_exception(kind, args, state=None):
         builtin.__init__(error, *args)
     except TypeError:  # They are for its own ``__new__``: as those of most kinds of groups are.
         error = kind(*args)
-    if state:
-        error.__setstate__(state)
+    for name, value in (state or {}).items():
+        object.__setattr__(error, name, value)  # Also in a frozen dataclass.
     return error
 
 
@@ -3034,8 +3034,9 @@ def load_call(run_spec, inputs):
     if not frame:
         return context.run(loads, call)
     func = load_function(frame) if type(frame) is bytes else None
-    if not isinstance(func, (types.FunctionType, types.BuiltinFunctionType, type)):
-        func = pickle.loads(frame)
+    plain = isinstance(func, (types.FunctionType, types.BuiltinFunctionType, type))
+    if not plain or not isinstance(getattr(func, "__self__", types), types.ModuleType):
+        func = pickle.loads(frame)  # (A method of a builtin type is a "builtin function", too.)
     return func, *context.run(loads, call)
 
 
@@ -3121,7 +3122,7 @@ def unpack_exception(frames):
         error = RemoteError(text).with_traceback(tb)
         with contextlib.suppress(Exception):
             error = pickle.loads(data).with_traceback(tb)
-        setattr(error, relation, origin)
+        object.__setattr__(error, relation, origin)
     return error
 
 
@@ -3879,7 +3880,7 @@ class Worker(Body):
             with contextlib.suppress(ValueError, TypeError):  # Some builtins have no signature.
                 if "dask_worker" in inspect.signature(func).parameters:
                     kwargs["dask_worker"] = self
-            status, value = "ok", dumps(self.call(func, args, kwargs))
+            status, value = pack_result(name_of(func), self.call(func, args, kwargs))
         except BaseException as error:
             status, value = "error", pack_exception(error, skip=2)
         with contextlib.suppress(RuntimeError):  # The loop is closed.
@@ -4193,9 +4194,9 @@ def whole(option, number, least):
     return number
 
 
-UNITS = {"us": 1e-6, "ms": 1e-3, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+UNITS = {"us": 1e-6, "ms": 1e-3, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 UNITS |= {"microsecond": 1e-6, "millisecond": 1e-3}
-UNITS |= {word: UNITS[word[0]] for word in ("second", "minute", "hour", "day")}
+UNITS |= {word: UNITS[word[0]] for word in ("second", "minute", "hour", "day", "week")}
 
 
 def seconds(timeout):
@@ -4204,7 +4205,7 @@ def seconds(timeout):
         return timeout
     if isinstance(timeout, datetime.timedelta):
         return timeout.total_seconds()
-    match = re.fullmatch(r"\s*([\d.]+(?:e[-+]?\d+)?)\s*([a-z]*)\s*", str(timeout))
+    match = re.fullmatch(r"\s*([\d.]+(?:e[-+]?\d+)?)\s*([a-z]*)\s*", str(timeout).lower())
     unit = match and UNITS.get(match[2], UNITS.get(match[2].removesuffix("s")))
     if not unit:
         raise ValueError(f"timeout={timeout!r} is no time: use seconds, or a string like '10 ms'")
@@ -4594,13 +4595,14 @@ class Client(Threaded, Body):
         if reserved := RESERVED & kwargs.keys():
             raise TypeError(f"the option {min(reserved)}= is not built yet")
         priority, retries = kwargs.pop("priority", 0), kwargs.pop("retries", None) or 0
-        if not isinstance(priority, numbers.Real) or not abs(priority) < 1 << 63:
-            raise TypeError(f"priority={priority!r:.80} is no number, or too large")
+        if not isinstance(priority, numbers.Real) or priority != priority:
+            raise TypeError(f"priority={priority!r:.80} is no number")
         loose, workers = kwargs.pop("allow_other_workers", False), kwargs.pop("workers", None)
         if loose and workers is None:
             raise ValueError("allow_other_workers= without workers=: other than which?")
         retries = whole("retries", retries, least=0)
-        return float(priority), names_of(workers) or [], bool(loose), retries
+        priority = float(max(-MANY, min(priority, MANY)))  # It may be infinite.
+        return priority, names_of(workers) or [], bool(loose), retries
 
     def _check_open(self):
         """Nothing new is taken after the end, nor after a fork.
@@ -5331,6 +5333,13 @@ class LocalCluster(Threaded):
         return [self.address, described(rows)]
 
 
+# What a worker's environment has, unless the user says otherwise.  Strings have one hash in all of
+# them, or who partitions data by it would find a word in several parts; and libraries of linear
+# algebra do not start as many threads in each worker as there are cores.  (dask's nanny does so.)
+ENVIRONMENT = {"PYTHONHASHSEED": "0"}
+ENVIRONMENT |= {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
+
+
 @contextlib.asynccontextmanager
 async def worker_process(*arguments, ended_by):
     """A process of the command line ``worker``, for as long as the block; then a signal ends it.
@@ -5338,14 +5347,16 @@ async def worker_process(*arguments, ended_by):
     It also ends when its standard input does: so with this process, however that ends.
     """
     # What the user's script can import, the functions that it submits can too, from there.  (The
-    # import system passes over what is no text, as a Path.)
+    # import system passes over what is no text, as a Path.)  They find its arguments, too.
     path = [folder for folder in [*sys.path, os.path.dirname(__file__)] if type(folder) is str]
-    code = f"import sys; sys.path[:] = {path}; import minidist; sys.exit(minidist.main())"
+    code = f"import sys; sys.path[:], args, sys.argv = {path}, sys.argv[1:], {sys.argv}"
+    code += "; import minidist; sys.exit(minidist.main(args))"
     # (-P: so Python itself looks for nothing in the current folder, which may be gone.)
-    command = [sys.executable, "-P", "-c", code, "worker", *map(str, arguments)]
-    command.append("--until-stdin-ends")
+    command = [sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-c", code]
+    command += ["worker", *map(str, arguments), "--until-stdin-ends"]
     # In a session of its own: Ctrl-C in the terminal is for us, and may only interrupt a wait.
     options = {"stdin": subprocess.PIPE, "start_new_session": True}
+    options["env"] = {**ENVIRONMENT, **os.environ}
     process = await asyncio.create_subprocess_exec(*command, **options)
     try:
         yield process
@@ -5434,11 +5445,15 @@ def parse_key(text):
 def main(argv=None):
     """The command line: ``minidist scheduler``, ``worker``, ``replay``; returns the exit code."""
     options = parse(argv)
-    level = options.log_level.upper()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
-    # Few of our objects are in cycles, and there are many of them: looking for cycles less often
-    # saves a quarter of a busy scheduler's time.
-    gc.set_threshold(100_000, 50, 50)
+    if argv is None and options.command == "worker" and not ENVIRONMENT.keys() <= os.environ.keys():
+        os.environ |= {**ENVIRONMENT, **os.environ}
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # Python reads it first.
+    # Only what minidist says: how tasks log is their own business.
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(options.log_level.upper())
+    logger.propagate = False
     try:
         asyncio.run(until_stopped(options.run(options)))
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -5482,6 +5497,9 @@ async def run_scheduler(options):
     Without ``--port``, the next one is tried if the default one is taken: the one who started the
     other scheduler may be somebody else on the same machine.  A port that was asked for is meant.
     """
+    # Few of our objects are in cycles, and there are many of them: looking for cycles less often
+    # saves a quarter of a busy scheduler's time.  (A worker's objects are its users'.)
+    gc.set_threshold(100_000, 50, 50)
     ports = range(DEFAULT_PORT, DEFAULT_PORT + 100) if options.port is None else [options.port]
     for port in ports:
         scheduler = Scheduler(options.host, port, options.worker_ttl, options.record)

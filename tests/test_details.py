@@ -2,14 +2,18 @@
 
 import ast
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import datetime
 import functools
 import gc
+import math
 import operator
 import os
 import pickle
+import random
 import re
 import signal
 import socket
@@ -17,7 +21,9 @@ import sys
 import threading
 import time
 import traceback
+import types
 import typing
+import unittest.mock
 import weakref
 
 import pytest
@@ -135,13 +141,18 @@ class NeedsFile(OSError):
         self.second = second
 
 
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    second: int
+
+
 LARGE_VALUE = pickle.PickleBuffer(bytearray(100_000))
 
 
 @pytest.mark.parametrize(
     "error",
-    [NeedsTwo("it", 2), NeedsFile("there", 2), NeedsTwo("it", LARGE_VALUE)],
-    ids=["its own", "a file's", "with an array"],
+    [NeedsTwo("it", 2), NeedsFile("there", 2), NeedsTwo("it", LARGE_VALUE), Frozen(bytes(2))],
+    ids=["its own", "a file's", "with an array", "frozen"],
 )
 def test_an_exception_comes_back_as_it_was_whatever_its_class_takes_to_make_one(error):
     got = unpack_exception(pack_exception(error))
@@ -602,6 +613,23 @@ def test_a_new_type_of_a_script_can_travel_on_from_where_it_came():
     for _ in range(2):
         number = loads(dumps(number))
         assert (number.__module__, number(3)) == ("__main__", 3)
+
+
+@on_cluster
+async def test_what_a_method_of_a_builtin_changes_is_of_its_task_alone(c, a, b):
+    for method in (random.Random(1).random, collections.deque([1, 2]).popleft, [1, 2].pop):
+        tasks = [c.submit(method, pure=False, workers="a") for _ in range(2)]
+        assert len(set(await c.gather(tasks))) == 1
+
+
+def test_a_module_that_is_to_go_by_value_does():
+    module = types.ModuleType("only_here")
+    exec("def double(x):\n    return 2 * x\n", vars(module))
+    with unittest.mock.patch.dict(sys.modules, only_here=module):
+        minidist.cloudpickle.register_pickle_by_value(module)
+        frames = dumps(module.double)
+        minidist.cloudpickle.unregister_pickle_by_value(module)
+    assert loads(frames)(2) == 4
 
 
 def test_a_function_without_an_importable_name_goes_by_value():
@@ -1335,8 +1363,11 @@ async def test_a_size_that_makes_no_sense_is_not_believed(c, a, b):
         sized = type("Sized", (), {"nbytes": nbytes})()
         future = await c.scatter(sized, hash=False)
         assert 0 < (await c.nbytes(summary=False))[future.key] < 1000
-    with pytest.raises((TypeError, ValueError)):
-        c.submit(abs, 1, priority=10**5000)
+    for priority in (10**5000, -math.inf, -1e300):
+        assert await c.submit(abs, 1, priority=priority) == 1
+    for priority in (math.nan, "1", None, 1j):
+        with pytest.raises(TypeError, match="is no number"):
+            c.submit(abs, 1, priority=priority)
     with pytest.raises(ValueError, match="retries=.* is too large"):
         c.submit(abs, 1, retries=1 << 64)
 

@@ -12,6 +12,7 @@ that had opened it did.
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -393,6 +394,38 @@ def two_by_one_command(address):
         ):  # (Unbuffered, two processes write into each other's lines.)
             said += parent.stdout.readline() or pytest.fail(f"the workers do not start: {said}")
         yield parent
+
+
+@by_value
+def look_around():
+    """What a task finds in its process that belongs to no library, but to its user."""
+    return hash("a word"), gc.get_threshold(), logging.root.handlers, os.environ["OMP_NUM_THREADS"]
+
+
+def test_workers_have_one_hash_of_strings_and_their_users_collector_and_logging(
+    scheduler, monkeypatch
+):
+    for name in minidist.ENVIRONMENT:
+        monkeypatch.delenv(name)
+    with workers(scheduler.address, "a"), Client(scheduler.address) as c:
+        with two_by_one_command(scheduler.address):
+            one, *others = c.run(look_around).values()
+    assert one[1:] == (gc.get_threshold(), [], "1") and others == [one, one]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with Client(n_workers=1) as c:
+        assert [*c.run(look_around).values()] == [(*one[:3], "3")]
+
+
+def test_tasks_find_the_arguments_and_flags_of_their_script(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import sys, minidist\n"
+        "def look():\n"
+        "    return sys.argv[1:], sys.flags.optimize, sys.warnoptions\n"
+        "print(*minidist.Client(n_workers=1).submit(look).result())\n"
+    )
+    script = ["-O", "-W", "ignore", tmp_path / "script.py", "one", "two words"]
+    with process(*script, PYTHONPATH=str(ROOT)) as p:
+        assert p.communicate(timeout=30) == ("['one', 'two words'] 1 ['ignore']\n", "")
 
 
 def test_one_command_starts_several_workers_with_numbered_names(scheduler):
