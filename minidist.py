@@ -3248,7 +3248,7 @@ class Body(Entered):
         for task in others:
             if not task.cancelling():  # Else it is ending, and may have to clean up.
                 task.cancel()
-        # (Shielded: to cancel this, as another ``stop`` would, must not disturb those that clean up.)
+        # (Shielded: if another ``stop`` cancels this one, those that clean up go on.)
         await asyncio.shield(asyncio.gather(*others, return_exceptions=True))
 
     async def listen(self, host, port):
@@ -4166,7 +4166,7 @@ def to_be_raised(error):
     (As PEP 479 has it for generators.)
     """
     if isinstance(error, (StopIteration, StopAsyncIteration)):
-        stop = RuntimeError("the task raised StopIteration")
+        stop = RuntimeError(f"the task raised {type(error).__name__}")
         stop.__cause__ = error
         return stop
     return error or RuntimeError("it was retried just now: wait for it again")
