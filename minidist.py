@@ -355,7 +355,7 @@ class Mind:
         self.outbox = []  # [(peer, message)], to be sent by the body
         self.marked = {}  # an ordered set of records that may not be what they should be
         self.story = deque(maxlen=LIMITS["story"])  # (key, start, finish, attempt, worker)
-        self.edges = {
+        self.actions = {
             edge: (getattr(self, leave, None), getattr(self, enter))
             for edge, (leave, enter) in self.TRANSITIONS.items()
         }
@@ -387,14 +387,14 @@ class Mind:
         """Let marked records take edges until every one is what it should be."""
         # Each takes a few edges at most.  Two goals that contradict each other would go on for
         # ever, and with them the whole cluster would stand still: rather let it be said.
-        marked, edges = self.marked, 0
+        marked, taken = self.marked, 0
         bound = 64 + 16 * self.size()
         while marked:
             record, _ = marked.popitem()
             while (finish := self.goal(record)) != record.state:
                 self.transition(record, finish)
-                edges += 1
-                assert edges < bound, f"{record} does not settle"
+                taken += 1
+                assert taken < bound, f"{record} does not settle"
 
     def transition(self, record, finish):
         """Take one edge: leave a state, which clears its fields, and enter the other.
@@ -404,7 +404,7 @@ class Mind:
         # dask: has a method for each edge.  What it means to leave and to enter a state (Harel's
         # statecharts call it exit and entry actions) is said once here, whatever the edge.
         start = record.state
-        leave, enter = self.edges[start, finish]
+        leave, enter = self.actions[start, finish]
         if leave:  # Else the state owns no field.
             leave(record)
         record.state = finish
@@ -434,37 +434,37 @@ class FetchingMind(Mind):
     remembered, since it will be reported.  Nothing is concluded here from a broken connection.
     (To ask all at once would be faster when one is dead, and cost every transfer several times.)
 
-    What is wanted and what was asked are two tables, since a request cannot be taken back: a value
-    may be let go, and be wanted again, while it is under way.
+    What is being fetched and what was requested are two tables, since a request cannot be taken
+    back: a value may be let go, and be needed again, while it is under way.
     Subclasses say what it means that a value ``arrived``, or that everybody ``missed`` it.
     """
 
     def __init__(self):
         super().__init__()
-        self.wanted = {}  # {(key, attempt): (holders still to be tried, those that missed)}
-        self.asked = {}  # {holder: {(key, attempt): None}}: requests that are under way
-        self.left = {}  # an ordered set of workers that are dead: they are not asked
+        self.fetching = {}  # {(key, attempt): (holders still to be tried, those that missed)}
+        self.requests = {}  # {holder: {(key, attempt): None}}: requests that are under way
+        self.dead = {}  # an ordered set of workers that are dead: they are not asked
 
     def need(self, name, holders):
-        """Fetch a value.  To want it no longer, take it out of ``wanted``.
+        """Fetch a value.  To want it no longer, take it out of ``fetching``.
 
         ``holders`` are ids of workers, in the order in which they are to be asked.
         """
-        if name not in self.wanted:
-            self.wanted[name] = (list(holders), [])
+        if name not in self.fetching:
+            self.fetching[name] = (list(holders), [])
             self.ask(name)
 
     def ask(self, name):
         """Ask the next holder; if there is none, the value is given up."""
-        holders, misses = self.wanted[name]
-        while holders and holders[0] in self.left:
+        holders, misses = self.fetching[name]
+        while holders and holders[0] in self.dead:
             del holders[0]
         if not holders:
-            del self.wanted[name]
+            del self.fetching[name]
             self.missed(name, misses)
-        elif name not in self.asked.setdefault(holders[0], {}):
+        elif name not in self.requests.setdefault(holders[0], {}):
             # (Otherwise it was dropped and is wanted again: the request under way serves.)
-            self.asked[holders[0]][name] = None
+            self.requests[holders[0]][name] = None
             self.send_name(holders[0], "get-data", name)
 
     def stimulus_data(self, holder, key, attempt, status, value):
@@ -475,10 +475,10 @@ class FetchingMind(Mind):
         of a ``(key, attempt)`` are one value.
         """
         name = (key, attempt)
-        if name in self.asked.get(holder, ()):
+        if name in self.requests.get(holder, ()):
             self.end_request(holder, name, status == "missing")
-            if name in self.wanted and status != "missing":  # Else it was dropped meanwhile.
-                del self.wanted[name]
+            if name in self.fetching and status != "missing":  # Else it was dropped meanwhile.
+                del self.fetching[name]
                 self.arrived(name, status == "ok", value)
         self.settle()
 
@@ -488,7 +488,7 @@ class FetchingMind(Mind):
         A fault between two that are both alive looks just like a dead holder from here; so the next
         one is asked, and the scheduler hears of it in the end.
         """
-        for name in list(self.asked.get(holder, ())):
+        for name in list(self.requests.get(holder, ())):
             self.end_request(holder, name, missed=True)
         self.settle()
 
@@ -499,16 +499,16 @@ class FetchingMind(Mind):
         Where it is named as a holder is not looked for, which could be in 100,000 futures: it is
         passed over when its turn comes.
         """
-        self.left[worker] = None
-        forget_oldest(self.left)
+        self.dead[worker] = None
+        forget_oldest(self.dead)
         self.stimulus_link_lost(worker)
 
     def end_request(self, holder, name, missed):
         """A request is over; if it was missed by the holder that we wait for, ask the next."""
-        del self.asked[holder][name]
-        if not self.asked[holder]:
-            del self.asked[holder]
-        holders, misses = self.wanted.get(name, ((), ()))
+        del self.requests[holder][name]
+        if not self.requests[holder]:
+            del self.requests[holder]
+        holders, misses = self.fetching.get(name, ((), ()))
         if missed and holders and holders[0] == holder:
             misses.append(holders.pop(0))
             self.ask(name)
@@ -516,11 +516,11 @@ class FetchingMind(Mind):
     def validate(self):
         """Assert every invariant.  Slow by design: a live process does so only when asked to."""
         assert not self.marked
-        for name, (holders, misses) in self.wanted.items():
+        for name, (holders, misses) in self.fetching.items():
             # F1. A wanted value is asked of the first holder that has not been tried.
-            assert name in self.asked[holders[0]] and not set(holders) & set(misses), name
+            assert name in self.requests[holders[0]] and not set(holders) & set(misses), name
         # F2. No empty request is kept.
-        assert all(self.asked.values())
+        assert all(self.requests.values())
 
 
 # ---- 2. Client mind: FutureState, ClientMind ----
@@ -778,7 +778,7 @@ class ClientMind(FetchingMind):
         state = self.futures.get(key)
         if state is None or state.want != want or (state.final and not state.data):
             return None
-        self.wanted.pop((key, state.attempt), None)
+        self.fetching.pop((key, state.attempt), None)
         return state
 
     def known(self, key):
@@ -794,7 +794,7 @@ class ClientMind(FetchingMind):
         Unless its status is one to be ``kept``, it is cancelled from now on; ``text`` says why.
         """
         del self.futures[state.key]
-        self.wanted.pop((state.key, state.attempt), None)
+        self.fetching.pop((state.key, state.attempt), None)
         if state.status != kept:
             self.become(state, "cancelled", text)
 
@@ -854,9 +854,9 @@ class ClientMind(FetchingMind):
             assert state.status != "error" or not state.data, state
             # C3. What somebody waits for is on its way exactly when it exists and is not here.
             waits = state.asked and state.status == "finished" and not state.value
-            assert waits == ((key, state.attempt) in self.wanted), state
+            assert waits == ((key, state.attempt) in self.fetching), state
         # C4. What is fetched, or put, is wanted, and wants differ.
-        assert all(name[0] in self.futures for name in self.wanted)
+        assert all(name[0] in self.futures for name in self.fetching)
         assert all(self.futures.get(state.key) is state and state.data for state in self.puts)
         assert len({state.want for state in self.futures.values()}) == len(self.futures)
 
@@ -2509,7 +2509,7 @@ class WorkerMind(FetchingMind):
             needed_by = self.needed_by.get(name, {})
             if needed_by.pop(attempt, 0) is None and not needed_by:
                 del self.needed_by[name]
-                self.wanted.pop(name, None)
+                self.fetching.pop(name, None)
 
     def enter_finished(self, attempt):
         """An attempt ends once, by one message.
@@ -2534,14 +2534,14 @@ class WorkerMind(FetchingMind):
             if attempt.state != "executing":
                 # A2. It waits for exactly the inputs that are not here, and those are fetched.
                 missing = {name for name in attempt.inputs if name not in self.data}
-                assert set(attempt.waiting_for) == missing <= set(self.wanted), attempt
+                assert set(attempt.waiting_for) == missing <= set(self.fetching), attempt
                 for name in attempt.inputs:
                     needed.setdefault(name, {})[attempt] = None
         assert {*self.ready} <= {attempt for _, attempt in self.ready.heap}
         # A3. needed_by is the transpose of inputs, for those that have not started.
         assert needed == self.needed_by
         # A4. Nothing is fetched that nobody needs, or that is here.
-        assert set(self.wanted) <= set(self.needed_by) - set(self.data)
+        assert set(self.fetching) <= set(self.needed_by) - set(self.data)
 
 
 # ================================ Part two, how it travels ========================================

@@ -932,7 +932,7 @@ class Cluster:
         """The data connections in use, and the keys of what travels there: {(peer, holder): keys}"""
         links = {}
         for peer in [*self.ids("c"), *self.ids("w")]:
-            asked = [(h, key) for h, some in self.minds[peer].asked.items() for key, _ in some]
+            asked = [(h, key) for h, some in self.minds[peer].requests.items() for key, _ in some]
             puts = self.minds[peer].puts if peer in self.held else {}
             for holder, key in asked + [(w, state.key) for state, (w, _) in puts.items()]:
                 if to in (None, holder):
@@ -1349,7 +1349,7 @@ def quiescence(cluster):
             workers = mind.workers.values()
             assert not any(ws.processing or ws.has_what or ws.arriving for ws in workers)
         else:
-            assert not mind.wanted and not mind.asked
+            assert not mind.fetching and not mind.requests
         if id[0] == "w":
             assert not (mind.data or mind.attempts or mind.needed_by or mind.ready)
             assert not cluster.running[id]

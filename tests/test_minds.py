@@ -929,7 +929,7 @@ def test_what_has_been_ready_for_too_long_goes_back():
 def test_two_goals_that_contradict_each_other_are_an_error_and_not_a_loop_for_ever(monkeypatch):
     w = WorkerMind()
     goals = cycle(["ready", "executing"])
-    monkeypatch.setitem(w.edges, ("executing", "ready"), w.edges["waiting", "ready"])
+    monkeypatch.setitem(w.actions, ("executing", "ready"), w.actions["waiting", "ready"])
     monkeypatch.setattr(w, "goal", lambda attempt: next(goals))
     with pytest.raises(AssertionError, match="does not settle"):
         compute(w, 1)

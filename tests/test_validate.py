@@ -199,13 +199,13 @@ NEITHER = {  # {reason: fields}
         SchedulerMind.news""",
     "it tells what has happened, which leaves no trace elsewhere": """
         SchedulerMind.story ClientMind.story WorkerMind.story SchedulerMind.durations SchedulerMind.losses
-        ClientMind.left WorkerMind.left TaskState.misses TaskState.deaths
+        ClientMind.dead WorkerMind.dead TaskState.misses TaskState.deaths
         TaskState.stuck TaskState.lost TaskState.why WorkerState.late WorkerState.seen_us
         Attempt.ready_us FutureState.text""",
     "it is a supply of numbers, a clock, or a constant": """
         SchedulerMind.number ClientMind.number WorkerMind.number
         SchedulerMind.submitted SchedulerMind.now_us SchedulerMind.ttl_us
-        SchedulerMind.edges ClientMind.edges WorkerMind.edges""",
+        SchedulerMind.actions ClientMind.actions WorkerMind.actions""",
     "it is what a peer or a user said": """
         TaskState.name TaskState.priority TaskState.run_spec TaskState.restrictions
         TaskState.loose TaskState.retries TaskState.type WorkerState.name WorkerState.nthreads
@@ -224,7 +224,7 @@ RELATED_ONLY = {  # {field: when it is a relation or a counter}
     "ClientState.id": lambda mind, cs: cs is not mind.keeper,
     "FutureState.asked": lambda mind, state: state.status == "finished" and not state.value,
     "Attempt.inputs": lambda mind, attempt: attempt.state != "executing",
-    "FutureState.attempt": lambda mind, state: (state.key, state.attempt) in mind.wanted,
+    "FutureState.attempt": lambda mind, state: (state.key, state.attempt) in mind.fetching,
 }
 
 EMPTY = {kind: of() if issubclass(of, (Mind, HeapSet)) else of for kind, of in KINDS.items()}
