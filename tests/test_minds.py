@@ -102,6 +102,20 @@ def test_a_broadcast_is_over_when_each_worker_has_it_or_is_gone():
     assert {one, other, worker} == {*"uvw"} and {*news["holders"]} == {one, worker}
 
 
+def test_a_broadcast_of_what_is_in_memory_copies_it_too():
+    s = Scheduler("v", "w")
+    holder, attempt = scatter(s)
+    s.stimulus_add_keys(holder, [("d", attempt)])
+    sent(s)
+    s.stimulus_scatter("c", "d", 2, 8, "int", [], True)
+    ((copier, op, fields),) = sent(s)
+    assert (copier != holder, op, fields["places"]) == (
+        True,
+        "compute-task",
+        [("d", attempt, [holder])],
+    )
+
+
 def test_a_broadcast_needs_few_rounds_since_each_copy_makes_the_next_ones():
     s = Scheduler(*(f"w{n}" for n in range(32)))
     _, attempt = scattered(s, broadcast=True)
@@ -406,6 +420,14 @@ def test_how_data_was_lost_is_not_remembered_for_ever(monkeypatch):
         s.stimulus_add_keys("w", [(key, attempt)])
     s.stimulus_worker_left("w")
     assert len(s.losses) == 2 and len(told(s, "c", "key-cancelled")) == 3
+
+
+def test_which_workers_are_dead_is_not_remembered_for_ever(monkeypatch):
+    monkeypatch.setitem(LIMITS, "remembered", 2)
+    client = ClientMind()
+    for worker in "uvw":
+        client.stimulus_worker_left(SCHEDULER, worker)
+    assert [*client.dead] == ["v", "w"]
 
 
 def test_when_no_worker_is_left_one_warning_is_enough_for_all_that_wait():

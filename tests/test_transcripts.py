@@ -299,6 +299,23 @@ def test_a_broadcast_of_data_that_is_known_is_a_new_want_of_it(value):
     assert minidist.settled(x) and (x.data, x.value, sent(client)) == ((), value, [])
 
 
+def test_data_that_is_known_and_not_to_be_broadcast_is_not_scattered_again():
+    client = ClientMind()
+    x = client.stimulus_scatter("x", (b"1",), 8, "int", [], False)
+    client.stimulus_key_in_memory(SCHEDULER, "x", 1, 5, 8, "int", ["w"], ())
+    sent(client)
+    assert client.stimulus_scatter("x", (b"1",), 8, "int", [], False) is x
+    assert (x.count, x.data, sent(client)) == (2, (), [])
+
+
+def test_what_is_retried_is_pending_at_once():
+    client = ClientMind()
+    x = client.stimulus_submit("x", "f", (b"f",), [], 0)
+    client.stimulus_key_erred(SCHEDULER, "x", 1, (b"error",), "", "")
+    client.stimulus_retry([x])
+    assert (x.status, x.exception, x.want) == ("pending", (), 2)
+
+
 @pytest.mark.parametrize("notice", ["lost", "erred", "cancelled", "none"])
 def test_a_value_that_is_here_stays_here_while_it_is_broadcast_and_whatever_comes_of_that(notice):
     client = ClientMind()
