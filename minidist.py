@@ -628,7 +628,9 @@ class ClientMind(FetchingMind):
                 # It may be on one worker only.  That is a new want: should it have been lost or
                 # cancelled meanwhile, then this client gives it once more; of what is here, the
                 # very value that users have seen.
+                self.fetching.pop((key, state.attempt), None)
                 state.want, state.data = self.next_number(), state.value or data
+                self.become(state, "pending")
                 self.send(SCHEDULER, "scatter", key, state.want, nbytes, type, workers, True)
             return state
         self.futures[key] = state = FutureState(key, self.next_number(), data=data)
