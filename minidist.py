@@ -1871,8 +1871,8 @@ class SchedulerMind(Mind):
     # Leaves: each changes a few facts, in both directions of a relation, and marks.
 
     def new_task(self, key, name, run_spec, priority=0, workers=(), loose=False, retries=0):
-        # In one number, since heaps compare little else: by the user's priority, and among equals
-        # by the order of submission.  So it is never another's.
+        # In one number, since heaps compare little else: by the user's priority, whose fraction is
+        # scaled first, and among equals by the order of submission.  So it is never another's.
         self.submitted += 1
         order = self.submitted - int(priority * MANY) * MANY
         ts = self.tasks[key] = TaskState(key, name, order, run_spec, tuple(workers), loose, retries)
@@ -3182,6 +3182,35 @@ def type_name(obj):
 logger = logging.getLogger("minidist")
 
 
+def whole(option, number, least):
+    """A whole number that a user gave.  Raises TypeError if it is none, ValueError if it is out."""
+    try:
+        number = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{option}={number!r:.80} is no whole number") from None
+    if not least <= number < 1 << 63:
+        raise ValueError(f"{option}={number} is too {'small' if number < least else 'large'}")
+    return number
+
+
+UNITS = {"us": 1e-6, "ms": 1e-3, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+UNITS |= {"microsecond": 1e-6, "millisecond": 1e-3}
+UNITS |= {word: UNITS[word[0]] for word in ("second", "minute", "hour", "day", "week")}
+
+
+def seconds(timeout):
+    """A timeout in seconds: None, a number, a timedelta, or a string like "10 ms", "2 minutes"."""
+    if timeout is None or (isinstance(timeout, (int, float)) and not isinstance(timeout, bool)):
+        return timeout
+    if isinstance(timeout, datetime.timedelta):
+        return timeout.total_seconds()
+    match = re.fullmatch(r"\s*([\d.]+(?:e[-+]?\d+)?)\s*([a-z]*)\s*", str(timeout).lower())
+    unit = match and UNITS.get(match[2], UNITS.get(match[2].removesuffix("s")))
+    if not unit:
+        raise ValueError(f"timeout={timeout!r} is no time: use seconds, or a string like '10 ms'")
+    return float(match[1]) * unit
+
+
 @contextlib.contextmanager
 def dropping(peer):
     """What a peer sends can do no more than end its own stream; others are served on."""
@@ -4183,35 +4212,6 @@ def failure(state):
     if state.exception:
         return unpack_exception(state.exception)
     return (KilledWorker if state.type == "KilledWorker" else ConnectionError)(state.text)
-
-
-def whole(option, number, least):
-    """A whole number that a user gave.  Raises TypeError if it is none, ValueError if it is out."""
-    try:
-        number = operator.index(number)
-    except TypeError:
-        raise TypeError(f"{option}={number!r:.80} is no whole number") from None
-    if not least <= number < 1 << 63:
-        raise ValueError(f"{option}={number} is too {'small' if number < least else 'large'}")
-    return number
-
-
-UNITS = {"us": 1e-6, "ms": 1e-3, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-UNITS |= {"microsecond": 1e-6, "millisecond": 1e-3}
-UNITS |= {word: UNITS[word[0]] for word in ("second", "minute", "hour", "day", "week")}
-
-
-def seconds(timeout):
-    """A timeout in seconds: None, a number, a timedelta, or a string like "10 ms", "2 minutes"."""
-    if timeout is None or (isinstance(timeout, (int, float)) and not isinstance(timeout, bool)):
-        return timeout
-    if isinstance(timeout, datetime.timedelta):
-        return timeout.total_seconds()
-    match = re.fullmatch(r"\s*([\d.]+(?:e[-+]?\d+)?)\s*([a-z]*)\s*", str(timeout).lower())
-    unit = match and UNITS.get(match[2], UNITS.get(match[2].removesuffix("s")))
-    if not unit:
-        raise ValueError(f"timeout={timeout!r} is no time: use seconds, or a string like '10 ms'")
-    return float(match[1]) * unit
 
 
 @functools.cache
