@@ -75,7 +75,7 @@ import typing
 import warnings
 from collections import OrderedDict, deque, namedtuple
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, count, islice, zip_longest
 from pathlib import Path
 
@@ -5076,7 +5076,8 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
         pending, ready, news = self._pending, self._ready, self._news
 
         def done(state):
-            ready.append(future)
+            # As it is now: it may be retried, or computed again, before it is taken.
+            ready.append((future, replace(state) if self.with_results else None))
             pending.pop()  # Only now: it must not seem that none is left.
             news.set()
 
@@ -5098,9 +5099,7 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
         return not self.count()
 
     def has_ready(self):
-        """Whether the next one is done already.  (If it was retried since, it is waited for.)"""
-        while self._ready and self.with_results and not settled(self._ready[0]._state, value=True):
-            self.add(self._ready.popleft())
+        """Whether the next one is done already."""
         return bool(self._ready)
 
     def next_batch(self, block=True):
@@ -5119,7 +5118,7 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
 
     async def _wait(self):
         """Wait until one is done, or none is left.  (Another thread may be faster to take it.)"""
-        while not self.has_ready() and self._pending:
+        while self._pending and not self._ready:
             self._news.clear()
             news = asyncio.ensure_future(self._news.wait())
             try:
@@ -5134,8 +5133,7 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
         """What is yielded for the next one that is done; if none is left, ``end`` is raised."""
         if not self._ready:
             raise end
-        future = self._ready.popleft()
-        state = future._state
+        future, state = self._ready.popleft()
         if not self.with_results:
             return future
         if state.status == "cancelled":
@@ -5147,7 +5145,7 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
 
     def __next__(self):
         with self._lock:
-            if not self.has_ready() and self._pending:
+            if self._pending and not self._ready:
                 if self.client.asynchronous:
                     raise TypeError("the futures of an asynchronous client need async for, not for")
                 self.client._run(self._wait())

@@ -942,17 +942,21 @@ def fail_once():
     return "at last"
 
 
-def test_what_was_retried_before_its_turn_comes_when_it_is_done_again():
+@pytest.mark.parametrize("raise_errors", [True, False])
+def test_what_was_retried_before_its_turn_comes_as_it_was_when_it_was_done(raise_errors):
     FAILS[:] = [True]
     with Client(processes=False) as c:
         future = c.submit(fail_once)
-        done = minidist.as_completed([future], with_results=True)
+        done = minidist.as_completed([future], with_results=True, raise_errors=raise_errors)
         wait([future])
         while not done._ready:
             c.run(abs, 1)
         FAILS.clear()
         future.retry()
-        assert list(done) == [(future, "at last")]
+        with pytest.raises(ArithmeticError) if raise_errors else contextlib.nullcontext():
+            ((one, (kind, error, _)),) = done.next_batch(block=False)
+            assert (one, kind, str(error)) == (future, ArithmeticError, "once")
+        assert future.result() == "at last" and done.is_empty()
 
 
 def test_threads_may_share_batches():
