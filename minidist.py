@@ -5038,9 +5038,10 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
     """Iterate over futures in the order in which they are done, by ``for`` or ``async for``.
 
     A future is yielded as often as it was given, cancelled ones too.  ``with_results`` yields
-    pairs with the results; an error is then raised, or (not ``raise_errors``) its type, itself and
-    its traceback stand in the result's place.  There a cancelled one has its CancelledError, which
-    is not raised.  ``timeout`` seconds after this call, TimeoutError is raised.
+    pairs with the results, as they were when each was done; an error is then raised, or (not
+    ``raise_errors``) its type, itself and its traceback stand in the result's place.  There a
+    cancelled one has its CancelledError, which is not raised.  ``timeout`` seconds after this call,
+    TimeoutError is raised.
 
     More futures may be added meanwhile: those of calls that a result makes worth trying.  Futures
     of one iterator belong to one client.  (``loop`` has no effect; dask has it.)
@@ -5082,7 +5083,6 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
             news.set()
 
         pending.append(None)
-
         self.client._post(lambda: self.client._watch(future._state, done, self.with_results))
 
     def update(self, futures):
@@ -5447,7 +5447,7 @@ def main(argv=None):
     options = parse(argv)
     if argv is None and options.command == "worker" and not ENVIRONMENT.keys() <= os.environ.keys():
         os.environ |= {**ENVIRONMENT, **os.environ}
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # Python reads it first.
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # (It is read at the start.)
     # Only what minidist says: how tasks log is their own business.
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
