@@ -1799,6 +1799,11 @@ import _pickle, argparse, marshal, pickle, sys
 import gettext, locale, shutil  # argparse imports them late, and imports need marshal
 import minidist
 
+known = 0
+while known < len(sys.modules):  # Python 3.15 imports others when they are looked at.
+    known = len(sys.modules)
+    [getattr(module, name) for module in [*sys.modules.values()] for name in [*vars(module)]]
+
 def refuse(*args, **kwargs):
     raise SystemError("the scheduler unpickles")
 
