@@ -4566,9 +4566,10 @@ class Client(Threaded, Body):
     def map(self, func, *iterables, key=None, pure=True, batch_size=None, **kwargs):
         """Submit ``func`` for each tuple of items; return a list of Futures.
 
-        It stops at the shortest iterable.  ``key`` is a prefix, or a list with a key for each;
-        the options of ``submit`` and all ``kwargs`` go to every call.  (``batch_size`` has no
-        effect: what is submitted travels in batches anyway.)  Raises what ``submit`` does.
+        It stops at the shortest iterable.  ``key`` is a list with a key for each, or what their
+        keys begin with in the place of the function's name; the options of ``submit`` and all
+        ``kwargs`` go to every call.  (``batch_size`` has no effect: what is submitted travels in
+        batches anyway.)  Raises what ``submit`` does.
 
         The function is pickled once, so this costs much less than as many calls of ``submit``.
         """
@@ -4576,18 +4577,15 @@ class Client(Threaded, Body):
         if not iterables or any(isinstance(iterable, Future) for iterable in iterables):
             raise TypeError("map needs iterables to go over; gather a Future first")
         calls = list(zip(*iterables, strict=False))
-        if key is None:
-            keys = [None] * len(calls)
-        elif isinstance(key, list):
-            keys = [check_key(k) for k in key]
-        elif type(check_key(key)) is str:
-            keys = [f"{key}-{i}" for i in range(len(calls))]
-        else:
-            keys = [(*key, i) for i in range(len(calls))]
+        prefix, keys = key, [None] * len(calls)
+        if isinstance(key, (list, tuple)):
+            prefix, keys = None, [check_key(k) for k in key]
+        elif key is not None:
+            check_key(key)
         if len(keys) != len(calls):
             raise ValueError(f"map got {len(keys)} keys for {len(calls)} calls")
-        function, named = dump_function(func), zip(calls, keys, strict=True)
-        return [self._submit(function, args, kwargs, key, pure, options) for args, key in named]
+        function, rest = dump_function(func), (pure, options, prefix)
+        return [self._submit(function, a, kwargs, k, *rest) for a, k in zip(calls, keys)]
 
     def _options(self, func, kwargs):
         """Take the options of a task out of ``kwargs``: (priority, workers, loose, retries)."""
@@ -4621,7 +4619,7 @@ class Client(Threaded, Body):
             if future.client is not self:
                 raise ValueError(f"{future!r} belongs to another client")
 
-    def _submit(self, function, args, kwargs, key, pure, options):
+    def _submit(self, function, args, kwargs, key, pure, options, prefix=None):
         """One call: everything that may fail does so here, in the user's thread."""
         run_spec, futures = dump_call(function, args, kwargs)
         self._check_own(futures)
@@ -4633,7 +4631,7 @@ class Client(Threaded, Body):
             warnings.warn(f"{text}: scatter large arguments first", stacklevel=3)
         name = function[2]
         if key is None:
-            key = self._new_key(name, run_spec, pure)
+            key = self._new_key(prefix or name, run_spec, pure)
         return self._begin(self._submit_now, key, name, run_spec, futures, *options)
 
     def _submit_now(self, key, name, run_spec, futures, *options):

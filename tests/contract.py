@@ -858,9 +858,28 @@ async def the_keys_of_map_have_a_common_prefix(client):
     return all(key.startswith("prefix-") for key in keys), len(set(keys))
 
 
+@program("map", gives=([2, 3], [6], [0.0, 1.0]))
+async def other_calls_have_other_keys_after_the_same_prefix(client):
+    calls = [(inc, [1, 2]), (inc, [5]), (float, [0, 1])]
+    futures = [client.map(func, items, key="prefix") for func, items in calls]
+    return tuple([await client.gather(those) for those in futures])
+
+
+@program("map", gives=(1, 2))
+async def equal_calls_have_equal_keys_after_a_prefix_if_they_are_pure(client):
+    pure = client.map(inc, [1, 1], key="prefix")
+    other = client.map(inc, [1, 1], key="prefix", pure=False)
+    return len({future.key for future in pure}), len({future.key for future in other})
+
+
 @program("map", gives=["a", ("b", 1)])
 async def the_keys_of_map_are_a_list(client):
     return [future.key for future in client.map(inc, [1, 2], key=["a", ("b", 1)])]
+
+
+@program("map", gives=["a", "b"])
+async def the_keys_of_map_are_a_tuple(client):
+    return [future.key for future in client.map(inc, [1, 2], key=("a", "b"))]
 
 
 @program("map", gives=(1, ["once", "once"]))
