@@ -3227,15 +3227,25 @@ def dropping(peer):
 
 
 class Entered:
-    """What ``async with`` starts and closes, by its coroutines ``_start`` and ``close``."""
+    """What ``async with`` starts and closes, by its coroutines ``_start`` and ``close``.
+
+    ``await`` only starts it; an ``async with`` may follow.
+    """
+
+    _started = False
 
     async def __aenter__(self):
         try:
-            await self._start()
+            if not self._started:
+                await self._start()
         except BaseException:
             await self.close()  # What was started already ends, also when this is cancelled.
             raise
+        self._started = True
         return self
+
+    def __await__(self):
+        return self.__aenter__().__await__()
 
     async def __aexit__(self, *_):
         await asyncio.shield(self.close())  # Cancelled or not, it ends.
@@ -4237,7 +4247,7 @@ class Threaded(Shown, Entered):
 
     def _live(self, asynchronous):
         """The end of ``__init__``: a synchronous one has started when that returns."""
-        self.asynchronous, self._started, self._pid = asynchronous, False, os.getpid()
+        self.asynchronous, self._pid = asynchronous, os.getpid()
         if asynchronous:
             return
         self.loop, self._thread = loop_in_thread(os.getpid())
@@ -4251,13 +4261,7 @@ class Threaded(Shown, Entered):
     async def __aenter__(self):
         if not self.asynchronous:
             raise TypeError("async with needs asynchronous=True; use with")
-        if not self._started:  # Else it was awaited, and is a context manager now.
-            await super().__aenter__()
-        self._started = True
-        return self
-
-    def __await__(self):
-        return self.__aenter__().__await__()
+        return await super().__aenter__()
 
     def __enter__(self):
         if self.asynchronous:

@@ -1201,6 +1201,16 @@ def test_a_local_cluster_that_was_awaited_can_be_a_context_manager():
     asyncio.run(main())
 
 
+def test_schedulers_and_workers_can_be_awaited_and_then_be_context_managers():
+    async def main():
+        scheduler = await minidist.Scheduler()
+        workers = await asyncio.gather(*[Worker(scheduler.address, nthreads=1) for _ in range(2)])
+        async with scheduler, workers[0], workers[1]:
+            assert len(scheduler.state.workers) == 2
+
+    asyncio.run(main())
+
+
 def test_a_local_cluster_on_a_port_that_is_taken_says_so_and_leaves_nothing():
     minidist.loop_in_thread(os.getpid())  # That one stays.
     before = {*threading.enumerate()}
