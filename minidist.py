@@ -4992,9 +4992,9 @@ def first_part(key):
     return first.rpartition("-")[0] or first
 
 
-def default_client():
-    """The client that was opened last.  Raises ValueError if none is open."""
-    return Client.current()
+def default_client(c=None):
+    """``c``, or the client that was opened last.  Raises ValueError if none is open."""
+    return c or Client.current()
 
 
 def fire_and_forget(obj):

@@ -2595,6 +2595,12 @@ async def the_current_client_is_the_one_that_was_made(client):
     return Client.current() is client, default_client() is client
 
 
+@program("client", gives=True)
+async def the_default_client_is_the_one_that_is_given(client):
+    async with connect(client.scheduler_info()["address"]) as other:
+        return default_client(client) is client and default_client() is other
+
+
 @program("client", gives=(True, True))
 async def the_current_client_is_the_one_that_was_made_last(client):
     async with connect(client.scheduler_info()["address"]) as other:
