@@ -3193,6 +3193,13 @@ def whole(option, number, least):
     return number
 
 
+def whether(option, value):
+    """A yes or no that a user gave; None is a no.  Raises TypeError for anything else."""
+    if value not in (True, False, None):
+        raise TypeError(f"{option}={value!r:.80} is neither True nor False")
+    return bool(value)
+
+
 UNITS = {"us": 1e-6, "ms": 1e-3, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 UNITS |= {"microsecond": 1e-6, "millisecond": 1e-3}
 UNITS |= {word: UNITS[word[0]] for word in ("second", "minute", "hour", "day", "week")}
@@ -4601,12 +4608,13 @@ class Client(Threaded, Body):
         priority, retries = kwargs.pop("priority", 0), kwargs.pop("retries", None) or 0
         if not isinstance(priority, numbers.Real) or priority != priority:
             raise TypeError(f"priority={priority!r:.80} is no number")
-        loose, workers = kwargs.pop("allow_other_workers", False), kwargs.pop("workers", None)
+        loose = whether("allow_other_workers", kwargs.pop("allow_other_workers", False))
+        workers = kwargs.pop("workers", None)
         if loose and workers is None:
             raise ValueError("allow_other_workers= without workers=: other than which?")
         retries = whole("retries", retries, least=0)
         priority = float(max(-MANY, min(priority, MANY)))  # It may be infinite.
-        return priority, names_of(workers) or [], bool(loose), retries
+        return priority, names_of(workers) or [], loose, retries
 
     def _check_open(self):
         """Nothing new is taken after the end, nor after a fork.
@@ -4678,7 +4686,8 @@ class Client(Threaded, Body):
         """
         self._check_open()
         timeout = self._timeout if timeout is None else seconds(timeout)
-        options = (names_of(workers) or [], bool(broadcast))
+        # dask: as a number, ``broadcast`` says how many workers get a copy.
+        options = (names_of(workers) or [], whether("broadcast", broadcast))
 
         def scatter_one(item, key=None):
             frames = dump_part("what is scattered", item)

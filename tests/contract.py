@@ -2754,6 +2754,11 @@ async def other_workers_are_allowed_only_beside_chosen_ones(client):
 
 
 @program("bad input", raises=TypeError)
+async def other_workers_are_allowed_by_a_yes_or_a_no(client):
+    client.submit(inc, 1, workers="alice", allow_other_workers=["bob"])
+
+
+@program("bad input", raises=TypeError)
 async def gather_has_no_timeout(client):
     await client.gather([client.submit(inc, 1)], timeout=1)
 

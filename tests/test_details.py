@@ -321,6 +321,8 @@ async def test_bad_calls_are_refused_at_the_call(c, a, b):
         lambda: c.submit(5),
         lambda: c.submit(abs, 1, key=5),
         lambda: c.submit(abs, 1, priority="high"),
+        lambda: c.submit(abs, 1, workers="a", allow_other_workers=["b"]),
+        lambda: c.scatter(1, broadcast=2),
         lambda: c.map(abs),
         lambda: c.map(abs, [1, 2], key=["only one"]),
         lambda: c.map(abs, x),
