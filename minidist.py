@@ -5011,9 +5011,11 @@ def fire_and_forget(obj):
 
     Also when the client has gone.  For what is called for its effect, like writing a file.  ``obj``
     is a future, or futures in nested containers.  Returns None at once.  What such a task raises
-    nobody is told: keep a future where that matters.
+    nobody is told: keep a future where that matters.  Raises RuntimeError if the client is closed,
+    ConnectionError if the scheduler is lost.
     """
     for future in futures_of(obj):
+        future.client._check_open()
         future.client._post(lambda f=future: f.client.state.stimulus_fire_and_forget([f._state]))
 
 

@@ -1319,6 +1319,13 @@ def test_a_closed_client_says_that_it_is_closed_whatever_is_asked():
             ask()
 
 
+def test_what_is_fired_and_forgotten_after_the_end_of_its_client_is_refused():
+    with Client(processes=False) as c:
+        futures = c.map(through, range(2))
+    with pytest.raises(RuntimeError, match="this client is closed"):
+        minidist.fire_and_forget(futures)
+
+
 def make_nameless():
     class Kind(type):
         @property
