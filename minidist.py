@@ -1862,9 +1862,10 @@ class SchedulerMind(Mind):
         """
         del self.tasks[ts.key]
         self.forget_call(ts)
+        how = f"lost with {ts.lost}" if ts.lost else "let go"
         for dependent in list(ts.dependents):
             dependent.run_spec = ()
-            dependent.why = ts.why or f"; it was made from {ts.key!r}, which was let go"
+            dependent.why = ts.why or f"; it was made from {ts.key!r}, which was {how}"
             self.forget_call(dependent)
             self.mark(dependent)
 

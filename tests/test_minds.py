@@ -1004,6 +1004,18 @@ def test_a_failed_task_whose_data_was_let_go_cannot_be_retried_and_says_why():
     assert s.states() == {}
 
 
+def test_a_failed_task_whose_data_was_lost_cannot_be_retried_and_says_with_whom():
+    s = Scheduler("w")
+    scattered(s)
+    s.submit("y", "d")
+    s.stimulus_task_erred("w", s.tasks["y"].attempt, (b"boom",))
+    s.stimulus_worker_left("w", "exit code 3")
+    sent(s)
+    s.stimulus_retry("c", "y", 2)
+    (cancelled,) = told(s, "c", "key-cancelled")
+    assert "made from 'd', which was lost with w (name of w): exit code 3" in cancelled["text"]
+
+
 def test_data_that_is_needed_no_more_when_other_data_is_lost_with_it_is_forgotten():
     s = Scheduler("w")
     for want, key in enumerate("de", 1):
