@@ -5573,7 +5573,9 @@ async def run_worker(options):
     if sys.stdout:
         sys.stdout.reconfigure(line_buffering=True)
     sys.modules["__main__"] = types.ModuleType("__main__")
-    async with Worker(options.address, options.nthreads, options.name, timeout=None) as worker:
+    # For ever; and in silence, if it is a local cluster's: that is there, or ending just now.
+    patience = math.inf if options.quiet else None
+    async with Worker(options.address, options.nthreads, options.name, patience) as worker:
         if not options.quiet:
             # In one write: several workers may share a terminal.
             print(f"Worker {worker.name} at {worker.address}\n", end="", flush=True)

@@ -566,6 +566,16 @@ def test_a_worker_started_before_its_scheduler_keeps_trying_and_says_so_once():
             assert "trying" not in worker.communicate(timeout=30)[1]
 
 
+def test_a_worker_of_a_local_cluster_that_is_just_ending_says_nothing():
+    with socket.create_server(("127.0.0.1", 0)) as ending:
+        address = f"127.0.0.1:{ending.getsockname()[1]}"
+        with process(SCRIPT, "worker", address, "--quiet") as worker:
+            for _ in range(2):  # It is cut off, and tries again.
+                ending.accept()[0].close()
+            worker.kill()
+            assert worker.communicate(timeout=30) == ("", "")
+
+
 def test_modules_in_the_current_directory_of_a_worker_are_importable(
     scheduler, tmp_path, monkeypatch
 ):
