@@ -4344,7 +4344,7 @@ class Client(Threaded, Body):
     ):
         super().__init__(ClientMind())
         if address is not None and new:
-            raise TypeError(f"{', '.join(new)}: for a new cluster, not for one that is there")
+            raise TypeError(f"a client of a cluster that is there takes no {', '.join(new)}")
         self._address = getattr(address, "address", address)
         if self._address is not None:
             split_address(self._address)
