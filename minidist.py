@@ -3993,7 +3993,7 @@ class KilledWorker(Exception):
 
 
 INHERITED = "this client belongs to the parent process: make one of your own"
-RESERVED = {"resources", "actor", "fifo_timeout"}  # options of dask's that are not built
+RESERVED = {"resources", "actor", "actors", "fifo_timeout"}  # dask's options that are not built
 
 
 class DoneAndNotDoneFutures(namedtuple("DoneAndNotDoneFutures", "done not_done")):
@@ -4601,11 +4601,7 @@ class Client(Threaded, Body):
 
     def _options(self, func, kwargs):
         """Take the options of a task out of ``kwargs``: (priority, workers, loose, retries)."""
-        self._check_open()
-        if not callable(func):
-            raise TypeError(f"the first argument must be callable, {func!r:.80} is not")
-        if reserved := RESERVED & kwargs.keys():
-            raise TypeError(f"the option {min(reserved)}= is not built yet")
+        self._check_call(func, kwargs, RESERVED)
         priority, retries = kwargs.pop("priority", 0), kwargs.pop("retries", None) or 0
         if not isinstance(priority, numbers.Real) or priority != priority:
             raise TypeError(f"priority={priority!r:.80} is no number")
@@ -4616,6 +4612,13 @@ class Client(Threaded, Body):
         retries = whole("retries", retries, least=0)
         priority = float(max(-MANY, min(priority, MANY)))  # It may be infinite.
         return priority, names_of(workers) or [], loose, retries
+
+    def _check_call(self, func, kwargs, reserved):
+        self._check_open()
+        if not callable(func):
+            raise TypeError(f"the first argument must be callable, {func!r:.80} is not")
+        if unbuilt := reserved & kwargs.keys():
+            raise TypeError(f"the option {min(unbuilt)}= is not built yet")
 
     def _check_open(self):
         """Nothing new is taken after the end, nor after a fork.
@@ -4899,7 +4902,7 @@ class Client(Threaded, Body):
         """
         if on_error not in ("raise", "return", "ignore"):
             raise ValueError(f"on_error={on_error!r} is none of 'raise', 'return', 'ignore'")
-        self._options(function, {})  # Only to check.
+        self._check_call(function, kwargs, {"wait", "nanny"})
         run_spec, futures = dump_call(dump_function(function), args, kwargs)
         if futures:
             raise TypeError("run takes no futures: gather them first")

@@ -338,11 +338,14 @@ async def test_bad_calls_are_refused_at_the_call(c, a, b):
 
 @on_cluster
 async def test_options_of_dask_that_are_not_built_are_refused_by_name(c, a, b):
-    for option in ["resources", "actor", "fifo_timeout"]:
-        with pytest.raises(TypeError, match=option):
-            c.submit(abs, 1, **{option: None})
-        with pytest.raises(TypeError, match=option):
+    for option in ["resources", "actor", "actors", "fifo_timeout"]:
+        with pytest.raises(TypeError, match=f"{option}= is not built"):
+            c.submit(dict, **{option: None})
+        with pytest.raises(TypeError, match=f"{option}= is not built"):
             c.map(abs, [1], **{option: None})
+    for option in ["wait", "nanny"]:
+        with pytest.raises(TypeError, match=f"{option}= is not built"):
+            c.run(dict, **{option: False})
 
 
 @on_cluster
