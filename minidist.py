@@ -4697,14 +4697,14 @@ class Client(Threaded, Body):
             frames = dump_part("what is scattered", item)
             if key is None:
                 key = self._new_key(type(item).__name__, frames, hash)
-            fields = (check_key(key), frames, sizeof(item), type_name(item), *options)
+            fields = (key, frames, sizeof(item), type_name(item), *options)
             return self._begin(self.state.stimulus_scatter, *fields)
 
         if isinstance(data, (collections.abc.Iterator, Future)):
             raise TypeError(f"{data!r:.80} cannot be scattered: gather it, or make it a list")
         named = isinstance(data, tuple) and hasattr(data, "_make")
         if type(data) is dict:
-            futures = {key: scatter_one(item, key) for key, item in data.items()}
+            futures = {key: scatter_one(item, check_key(key)) for key, item in data.items()}
         elif named or type(data) in (list, tuple, set, frozenset, range):
             make = list if type(data) is range else getattr(data, "_make", type(data))
             futures = make(scatter_one(item) for item in data)

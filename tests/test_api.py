@@ -191,6 +191,8 @@ async def test_what_is_no_key_is_refused_and_the_client_lives_on(c, a, b):
             await c.nbytes([key])
         with pytest.raises(TypeError, match="a key is a string or a tuple"):
             await c.story(key)
+    with pytest.raises(TypeError, match="a key is a string or a tuple, not None"):
+        await c.scatter({None: 1})
     with pytest.raises(TypeError, match="is no address, host or name"):
         c.submit(abs, -1, workers=0)
     assert await c.submit(abs, -2) == 2
