@@ -5276,10 +5276,10 @@ class LocalCluster(Threaded):
     ends.  What can be imported here can be there.
 
     ``options`` are those of ``Scheduler`` (but ``worker_ttl`` is 300): with ``host="0.0.0.0"``,
-    clients and workers on other machines can join.  ``address`` is its scheduler's, ``scheduler``
-    the scheduler itself, whose ``state`` can be looked at.  ``with`` (or ``async with``, if
-    ``asynchronous``) starts and closes it.  Raises OSError if the port is taken, TimeoutError if
-    its workers do not start.
+    clients and workers on other machines can join.  ``address`` (dask: ``scheduler_address``) is
+    its scheduler's, ``scheduler`` the scheduler itself, whose ``state`` can be looked at.  ``with``
+    (or ``async with``, if ``asynchronous``) starts and closes it.  Raises OSError if the port is
+    taken, TimeoutError if its workers do not start.
 
     With ``processes=False`` all is in one process: for a look at everything in a debugger, or for
     tasks that spend their time in compiled code or waiting.
@@ -5303,7 +5303,8 @@ class LocalCluster(Threaded):
 
     async def _start(self):
         await self.scheduler.__aenter__()
-        self.address, end = self.scheduler.address, self.scheduler.start(self._end())
+        self.address = self.scheduler_address = self.scheduler.address
+        end = self.scheduler.start(self._end())
         for name in map(str, range(self.n_workers)):
             if self.processes:
                 self.keepers.append(self.scheduler.start(self._keep(name)))

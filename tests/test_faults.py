@@ -691,7 +691,7 @@ def test_a_local_cluster_outlives_the_clients_that_it_is_given_to():
     with LocalCluster(n_workers=1, threads_per_worker=1) as cluster:
         with Client(cluster) as c:
             pid = c.submit(os.getpid).result(30)
-        with Client(cluster) as c:
+        with Client(cluster.scheduler_address) as c:
             assert c.submit(os.getpid).result(30) == pid != os.getpid()
 
 
