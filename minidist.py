@@ -2782,7 +2782,7 @@ class Connection:
 # Whoever holds the secret can run any code on every worker: that is what a cluster is for.
 
 HELLO = struct.Struct("!8sHBBB32s32s")  # magic, protocol, Python's version, role, nonce, worker
-MAGIC, PROTOCOL = b"minidist", 4
+MAGIC, PROTOCOL = b"minidist", 5
 ROLES = ["client", "worker", "scheduler", "holder"]
 REFUSAL = "wrong secret: set MINIDIST_TOKEN, or copy ~/.minidist/token, so that it is the same"
 
@@ -2911,8 +2911,12 @@ class Pickler(cloudpickle.Pickler):
         """(function, arguments) that make ``obj`` again, and its state; or what cloudpickle says.
 
         An exception whose ``__init__`` takes other arguments than it gives to ``Exception`` could
-        be pickled, but not be unpickled.  (tblib helps it likewise.)
+        be pickled, but not be unpickled.  (tblib helps it likewise.)  And code would not say from
+        which file it is: a traceback could not show its lines.
         """
+        if isinstance(obj, types.CodeType):
+            make, args = self.dispatch_table[types.CodeType](obj)
+            return make, tuple(obj.co_filename if a == "<dynamic-code>" else a for a in args)
         if isinstance(obj, (MEMOIZED, typing.NewType)) and obj.__module__.endswith("_main__"):
             # A script's own; cloudpickle would send no more than its name.
             if isinstance(obj, MEMOIZED):
@@ -3097,7 +3101,8 @@ def pack_exception(error, skip=0):
     links = []
     while error is not None and len(links) < 20:
         steps = traceback.walk_tb(error.__traceback__)
-        places = [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in steps]
+        codes = [(frame.f_code, line) for frame, line in steps]
+        places = [(c.co_filename, line, c.co_name, c.co_firstlineno) for c, line in codes]
         data = b""
         with contextlib.suppress(BaseException):  # Whatever it does then is the task's failure.
             data = dump_by_value(error)
@@ -3130,7 +3135,7 @@ def unpack_exception(frames):
 
 
 def rebuild_traceback(places):
-    """A traceback through [(file, line, function)].
+    """A traceback through [(file, line, function, the line in which that begins)].
 
     It goes through frames, and a frame belongs to code that runs: but that of a generator which
     has not begun will do, under the names of the place.  Nobody has called it, so that it keeps no
@@ -3138,12 +3143,18 @@ def rebuild_traceback(places):
     """
     # (tblib, whose idea it is, compiles code that raises, and runs it.)
     tb = None
-    for filename, line, name in reversed(places):
+    for filename, line, name, first in reversed(places):
+        # Its table of lines, as CPython documents it: eight instructions in no column, so that
+        # nothing is underlined; and, by six bits, twice the number of lines after the first.
+        table, after = bytearray(b"\xef"), max(line - first, 0) << 1
+        while after >> 6:
+            table.append(after & 63 | 64)
+            after >>= 6
+        table.append(after)
         names = {"co_filename": filename, "co_name": name, "co_qualname": name}
-        code = (lambda: (yield)).__code__.replace(co_firstlineno=line, **names)
+        names |= {"co_firstlineno": first, "co_linetable": bytes(table)}
+        code = (lambda: (yield)).__code__.replace(**names)
         frame = types.FunctionType(code, {"__file__": filename})().gi_frame
-        # At its first instruction, which stands in no column: else the traceback would underline
-        # what stands there in the worker's source.
         tb = types.TracebackType(tb, frame, 0, line)
     return tb
 
