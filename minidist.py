@@ -4055,8 +4055,8 @@ class Future(Shown):
     def status(self):
         """ "pending", "finished", "error" or "cancelled".
 
-        What is finished can be pending again: its result was lost, and is being computed anew.
-        That is what this client was told last; nobody is asked for it.
+        What is finished can be pending again: its result was lost before it came here, and is
+        being computed anew.  That is what this client was told last; nobody is asked for it.
         """
         return self._known().status
 
@@ -4081,9 +4081,6 @@ class Future(Shown):
         """Whether there will be no result, though the task did not fail: see ``CancelledError``."""
         return self.status == "cancelled"
 
-    def _get(self, read, timeout, value=False):
-        return self.client._wait_for([self], lambda: read(self._state), timeout, value)
-
     def result(self, timeout=None):
         """Wait for the result; raise the task's own exception if it failed.
 
@@ -4091,14 +4088,14 @@ class Future(Shown):
         CancelledError if there will be no result.  The value is unpickled for each call: what one
         caller does to it does not change another's.
         """
-        return self._get(outcome, timeout, value=True)
+        return self.client._wait_for([self], lambda: outcome(self._state), timeout, value=True)
 
     def exception(self, timeout=None):
         """Wait; return the exception that the task raised, None if there was none.
 
         Raises TimeoutError after ``timeout``, and CancelledError if it was cancelled.
         """
-        return self._get(failure, timeout)
+        return self.client._wait_for([self], lambda: failure(self._state), timeout)
 
     def traceback(self, timeout=None):
         """Wait; return the traceback of ``exception()``: its frames name the worker's code.
@@ -4106,7 +4103,11 @@ class Future(Shown):
         None if it raised nothing, or was no Python code, which alone has frames (``int("x")``).
         Takes and raises what ``exception`` does.
         """
-        return self._get(lambda state: getattr(failure(state), "__traceback__", None), timeout)
+
+        def finish():
+            return getattr(failure(self._state), "__traceback__", None)
+
+        return self.client._wait_for([self], finish, timeout)
 
     def cancel(self):
         """As ``Client.cancel``."""
@@ -4519,10 +4520,12 @@ class Client(Threaded, Body):
         """
         timeout = seconds(timeout)
         self._check_own(futures)
-        there = all(future._state and settled(future._state, value) for future in futures)
-        if there and not self.asynchronous:
-            return finish()  # Without a trip to the loop.
-        return self._then(lambda _: finish(), self._settle, futures, timeout, value, enough)
+        if self.asynchronous:
+            return self._then(lambda _: finish(), self._settle, futures, timeout, value, enough)
+        if not all(future._state and settled(future._state, value) for future in futures):
+            # (Else: without a trip to the loop.)
+            self._run(self._settle(futures, timeout, value, enough))
+        return finish()
 
     def _then(self, finish, wait, *args):
         """``finish`` of what the coroutine ``wait(*args)`` returns, in the caller's thread.

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import types
 
 import pytest
@@ -216,6 +217,29 @@ def test_a_synchronous_client_is_no_asynchronous_one(synchronous):
         asyncio.run(enter())
     with pytest.raises(TypeError, match="need for, not async for"):
         asyncio.run(iterate())
+
+
+def test_what_a_task_has_raised_shows_few_frames_of_the_library(synchronous):
+    future = synchronous.submit(lambda: 1 / 0)
+    for wait_for_it in (future.result, lambda: synchronous.gather([future])):
+        with pytest.raises(ZeroDivisionError) as info:
+            wait_for_it()
+        files = [place.filename for place in traceback.extract_tb(info.tb)]
+        assert files.count(minidist.__file__) <= 4 and files[-1] == __file__
+
+
+def test_a_traceback_shows_the_lines_of_code_that_went_by_value(synchronous):
+    def divide(x, y):
+        quotient = x / y
+        return quotient
+
+    tb = synchronous.submit(divide, 1, 0).traceback()
+    (place,) = traceback.extract_tb(tb)
+    assert (place.filename, place.name, place.line) == (__file__, "divide", "quotient = x / y")
+    assert tb.tb_frame.f_code.co_firstlineno == divide.__code__.co_firstlineno
+    assert "^" not in "".join(traceback.format_tb(tb)), "which would be under other words"
+    far = minidist.rebuild_traceback([("far.py", 100_000, "f", 7), ("near.py", 5, "g", 5)])
+    assert [place.lineno for place in traceback.extract_tb(far)] == [100_000, 5]
 
 
 def test_who_waits_while_a_client_is_closed_is_told(synchronous):
