@@ -1096,12 +1096,8 @@ class SchedulerMind(Mind):
                 return
         ts = self.tasks.get(key)
         if ts is None:
-            ts = self.new_task(key, name, run_spec, priority, *options)
-            for input_key, _ in inputs:
-                dependency = self.tasks[input_key]
-                ts.dependencies = ts.dependencies or {}
-                dependency.dependents = dependency.dependents or {}
-                ts.dependencies[dependency] = dependency.dependents[ts] = None
+            dependencies = {self.tasks[input_key]: None for input_key, _ in inputs}
+            ts = self.new_task(key, name, run_spec, dependencies, priority, *options)
         elif ts.run_spec != run_spec and not ts.why:  # (Else its call is not known any more.)
             text = f"the key {key!r} is known with another call: that one's result is used"
             self.send(client, "warning", text)
@@ -1117,7 +1113,7 @@ class SchedulerMind(Mind):
         """
         cs, ts = self.clients[client], self.tasks.get(key)
         if ts is None:
-            ts = self.new_task(key, "scatter", (), workers=workers)
+            ts = self.new_task(key, "scatter", (), (), 0, workers)
             ts.nbytes, ts.type = nbytes, type
         elif ts.run_spec:
             self.send(client, "warning", f"{key!r} is known as a call: its result is used")
@@ -1871,12 +1867,25 @@ class SchedulerMind(Mind):
 
     # Leaves: each changes a few facts, in both directions of a relation, and marks.
 
-    def new_task(self, key, name, run_spec, priority=0, workers=(), loose=False, retries=0):
-        # In one number, since heaps compare little else: by the user's priority, whose fraction is
-        # scaled first, and among equals by the order of submission.  So it is never another's.
+    def new_task(self, key, name, run_spec, dependencies, priority, workers=(), *options):
+        """A task, which goes by the user's priority, then by when it was begun.
+
+        Begun is what needs the results of calls together with the last of those: it goes before
+        what was submitted between them and itself.  So of two maps, one of the results of the
+        other, the first items have gone through both, and may be freed, when the last ones begin.
+        Were all of the first map computed before, all its results would have to be held.
+        """
+        # dask: has the same effect, since it holds back only tasks that have no inputs.
         self.submitted += 1
-        order = self.submitted - int(priority * MANY) * MANY
-        ts = self.tasks[key] = TaskState(key, name, order, run_spec, tuple(workers), loose, retries)
+        begun = [d.priority // MANY % MANY for d in dependencies if d.run_spec] or [self.submitted]
+        # In one number, since heaps compare little else; the fraction of a user's priority is
+        # scaled first, and what was begun together goes in the order of submission.
+        order = (max(begun) - int(priority * MANY) * MANY) * MANY + self.submitted
+        ts = self.tasks[key] = TaskState(key, name, order, run_spec, tuple(workers), *options)
+        ts.dependencies = dependencies or ()
+        for dependency in dependencies:
+            dependency.dependents = dependency.dependents or {}
+            dependency.dependents[ts] = None
         return ts
 
     def wanted_by(self, cs, key, want):
@@ -4573,7 +4582,8 @@ class Client(Threaded, Body):
 
         Futures at any depth of the arguments become their values.  ``pure`` calls that are equal
         share a key, and run once while a future of theirs lives; ``key`` names the task instead.
-        Of two tasks that can run, the one of higher ``priority`` (0) goes first.  ``workers``
+        Of two tasks that can run, the one of higher ``priority`` (0) goes first; of equal ones,
+        that of which the last input, or itself if it has none, was submitted first.  ``workers``
         names those that may run it (an address, a host, a name, or a list of them; others too
         while there is none of these if ``allow_other_workers``).  After an exception it is tried
         again up to ``retries`` times.  Raises TypeError for what cannot be pickled, TypeError or

@@ -320,7 +320,8 @@ class Scheduler(SchedulerMind):
 def test_a_task_without_inputs_is_sent_at_once():
     s = Scheduler("w")
     s.submit("x")
-    fields = dict(key="x", attempt=1, name="x", run_spec=(b"x",), places=[], order=1)
+    order = s.tasks["x"].priority
+    fields = dict(key="x", attempt=1, name="x", run_spec=(b"x",), places=[], order=order)
     assert sent(s) == [("w", "compute-task", fields | {"wanted": True})]
     assert s.states() == {"x": "processing"}
 

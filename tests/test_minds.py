@@ -92,7 +92,7 @@ def test_a_broadcast_is_over_when_each_worker_has_it_or_is_gone():
     s.stimulus_add_keys(worker, [("d", attempt)])
     said = sent(s)
     ((one, copy),) = [(peer, f) for peer, op, f in said if op == "compute-task"]
-    assert copy["order"] == 1 and not [op for _, op, _ in said if "key" in op]
+    assert copy["order"] == s.tasks["d"].priority and not [op for _, op, _ in said if "key" in op]
     s.stimulus_add_keys(one, [("d", attempt)])
     s.stimulus_task_returned(one, copy["attempt"], [])
     ((other, copy),) = [(peer, f) for peer, op, f in sent(s) if op == "compute-task"]
@@ -599,6 +599,35 @@ def test_a_queue_remembers_few_of_those_that_were_taken_out_of_it():
         s.release(f"x{n}")
         assert len(s.queue.heap) <= 2 * len(s.queue) + 16
     assert s.states() == {"x0": "processing"}
+
+
+def test_of_two_maps_the_first_items_have_gone_through_both_before_the_last_begin():
+    s = Scheduler("v", "w")
+    for key in [f"x{n}" for n in range(20)]:
+        s.submit(key)
+    s.submit("another job")
+    for n in range(20):
+        s.submit(f"y{n}", f"x{n}")
+        s.submit(f"z{n}", f"y{n}")
+        s.release(f"x{n}", f"y{n}")
+    order = []
+    while running := [key for key, state in s.states().items() if state == "processing"]:
+        s.finish(running[0])
+        order += [running[0]]
+        assert len([ts for ts in s.tasks.values() if ts.waiters and ts.who_has]) <= 2, order
+        s.release(*[key for key in running[:1] if key[0] == "z"])
+    assert order.index("another job") > order.index("x19") and len(order) == 61
+
+
+def test_what_needs_data_alone_goes_in_the_order_of_submission():
+    s = Scheduler("w")
+    worker, attempt = scatter(s)
+    s.stimulus_add_keys(worker, [("d", attempt)])
+    s.submit("x")
+    s.submit("y")
+    s.submit("z", "d")
+    s.finish("x")
+    assert s.states()["y"] == "processing"
 
 
 def test_tasks_wait_in_order_however_little_their_priorities_differ():
