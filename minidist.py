@@ -4604,8 +4604,8 @@ class Client(Threaded, Body):
 
         It stops at the shortest iterable.  ``key`` is a list with a key for each, or what their
         keys begin with in the place of the function's name; the options of ``submit`` and all
-        ``kwargs`` go to every call.  (``batch_size`` has no effect: what is submitted travels in
-        batches anyway.)  Raises what ``submit`` does.
+        ``kwargs`` go with every call (scatter what is large).  (``batch_size`` has no effect: what
+        is submitted travels in batches anyway.)  Raises what ``submit`` does.
 
         The function is pickled once, so this costs much less than as many calls of ``submit``.
         """
