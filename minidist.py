@@ -4118,9 +4118,9 @@ class Future(Shown):
 
         return self.client._wait_for([self], finish, timeout)
 
-    def cancel(self):
+    def cancel(self, *, force=False):
         """As ``Client.cancel``."""
-        return self.client.cancel([self])
+        return self.client.cancel([self], force=force)
 
     def retry(self):
         """As ``Client.retry``."""
