@@ -2934,7 +2934,14 @@ class Pickler(cloudpickle.Pickler):
         builtin = isinstance(type(obj).__reduce__, types.MethodDescriptorType)
         if builtin and isinstance(obj, BaseException):
             return make_exception, obj.__reduce__()
-        return super().reducer_override(obj)
+        reduced = super().reducer_override(obj)
+        if isinstance(obj, type) and isinstance(reduced, tuple) and vars(obj).get("__slots__"):
+            # It would be made without them, and its objects with a dict, for which they have no
+            # place here when they come back.
+            for names in reduced[1]:
+                if isinstance(names, dict) and "__module__" in names:
+                    names["__slots__"] = obj.__slots__
+        return reduced
 
 
 def memoized(func, parameters):

@@ -630,6 +630,29 @@ def test_a_new_type_of_a_script_can_travel_on_from_where_it_came():
         assert (number.__module__, number(3)) == ("__main__", 3)
 
 
+def test_objects_of_a_class_with_slots_come_back(scheduler):
+    class Named:
+        __slots__ = ("__name",)
+
+        def name(self):
+            return self.__name
+
+    @dataclasses.dataclass(slots=True)
+    class Point(Named):
+        x: int = 1
+
+    class One(Point):
+        __slots__ = "one"
+
+    # A process of its own: here, the classes would be found, and not be made anew.
+    with process(SCRIPT, "worker", scheduler.address), Client(scheduler.address) as c:
+        sent = One(2)
+        sent._Named__name, sent.one = "p", sent
+        back = c.submit(lambda x: x, sent).result(30)
+        assert (type(back), back.x, back.name(), back.one) == (One, 2, "p", back)
+        assert c.submit(Point).result(30) == Point(1)
+
+
 @on_cluster
 async def test_what_a_method_of_a_builtin_changes_is_of_its_task_alone(c, a, b):
     for method in (random.Random(1).random, collections.deque([1, 2]).popleft, [1, 2].pop):
