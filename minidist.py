@@ -1005,6 +1005,7 @@ class ClientState:
 
     id: str
     wants_what: dict  # {TaskState: the number of the want}; transpose: TaskState.who_wants
+    warned: dict  # an ordered set of restrictions: its user knows that none of these is there
 
 
 # How loaded a worker is: it runs nothing; it has a free thread; its threads are busy, but with so
@@ -1066,13 +1067,13 @@ class SchedulerMind(Mind):
         self.losses = {}  # {key of data: how it was lost}, for who has not heard of that yet
         self.news = []  # who came and went, and why, in words: for the body to log
         # Wants what no user waits for, and lets go when it has ended.
-        self.keeper = ClientState("fire-and-forget", {})
+        self.keeper = ClientState("fire-and-forget", {}, {})
 
     # Stimuli: clients.
 
     def stimulus_register_client(self, client, wants):
         """A client joins.  (It gets a worker's answer, but its own silence never counts.)"""
-        self.clients[client] = ClientState(client, {})
+        self.clients[client] = ClientState(client, {}, {})
         self.news.append(f"Client {client} joined")
         self.send(client, "registered", self.ttl_us)
 
@@ -1304,6 +1305,8 @@ class SchedulerMind(Mind):
         self.send(worker, "registered", self.ttl_us)
         for ts in self.unrunnable:
             self.mark(ts)
+        for cs in self.clients.values():
+            cs.warned.clear()
         self.settle()
 
     def stimulus_heartbeat(self, worker):
@@ -1758,8 +1761,9 @@ class SchedulerMind(Mind):
     def enter_no_worker(self, ts):
         """No worker that is here may run it.  Its user is warned, since it may be a wrong name."""
         self.unrunnable[ts] = None
-        # Without any worker, one warning is enough for all that wait.
-        for cs in ts.who_wants if ts.restrictions or len(self.unrunnable) == 1 else ():
+        # Until a worker joins, one warning is enough for all that wait for the same.
+        for cs in [cs for cs in ts.who_wants if ts.restrictions not in cs.warned]:
+            cs.warned[ts.restrictions] = None
             called = f" called {' or '.join(ts.restrictions)}" if ts.restrictions else ""
             self.send(cs.id, "warning", f"{ts.key!r} waits: there is no worker{called} yet")
 

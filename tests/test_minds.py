@@ -441,6 +441,23 @@ def test_when_no_worker_is_left_one_warning_is_enough_for_all_that_wait():
     assert "waits: there is no worker yet" in warning["text"]
 
 
+def test_each_client_is_warned_once_of_each_kind_of_worker_that_is_not_there():
+    s = Scheduler(clients=("c", "d"))
+    for n in range(2):
+        s.submit(f"x{n}", workers=["nobody"])
+        s.submit(f"y{n}")
+        s.submit(f"z{n}", client="d")
+    warnings = [(peer, fields["text"]) for peer, op, fields in sent(s) if op == "warning"]
+    assert warnings == [
+        ("c", "'x0' waits: there is no worker called nobody yet"),
+        ("c", "'y0' waits: there is no worker yet"),
+        ("d", "'z0' waits: there is no worker yet"),
+    ]
+    s.stimulus_register_worker("w", "name of w", 1, [], [])
+    s.stimulus_worker_left("w")
+    assert len(told(s, "d", "warning")) == 1, "again, since there was one"
+
+
 def test_a_task_goes_to_the_worker_with_the_least_work_for_each_thread():
     s = Scheduler("many", nthreads=3).measured("x", 2_000_000).measured("y", 3_000_000)
     s.stimulus_register_worker("few", "few", 2, [], [])
