@@ -1874,17 +1874,20 @@ class SchedulerMind(Mind):
     def new_task(self, key, name, run_spec, dependencies, priority, workers=(), *options):
         """A task, which goes by the user's priority, then by when it was begun.
 
-        Begun is what needs the results of calls together with the last of those: it goes before
-        what was submitted between them and itself.  So of two maps, one of the results of the
-        other, the first items have gone through both, and may be freed, when the last ones begin.
-        Were all of the first map computed before, all its results would have to be held.
+        Begun is what needs results that are not there yet together with the last of those: it goes
+        before what was submitted between them and itself.  So of two maps, one of the results of
+        the other, the first items have gone through both, and may be freed, when the last ones
+        begin.  Were all of the first map computed before, all its results would have to be held.
+        But who submits one call after the other on a result that is there must not go first for
+        as long as that goes on.
         """
         # dask: has the same effect, since it holds back only tasks that have no inputs.
         self.submitted += 1
-        begun = [d.priority // MANY % MANY for d in dependencies if d.run_spec] or [self.submitted]
+        begun = [d.priority // MANY % MANY for d in dependencies if not d.who_has]
         # In one number, since heaps compare little else; the fraction of a user's priority is
         # scaled first, and what was begun together goes in the order of submission.
-        order = (max(begun) - int(priority * MANY) * MANY) * MANY + self.submitted
+        first = max(begun, default=self.submitted) - int(priority * MANY) * MANY
+        order = first * MANY + self.submitted
         ts = self.tasks[key] = TaskState(key, name, order, run_spec, tuple(workers), *options)
         ts.dependencies = dependencies or ()
         for dependency in dependencies:
@@ -4594,12 +4597,13 @@ class Client(Threaded, Body):
         Futures at any depth of the arguments become their values.  ``pure`` calls that are equal
         share a key, and run once while a future of theirs lives; ``key`` names the task instead.
         Of two tasks that can run, the one of higher ``priority`` (0) goes first; of equal ones,
-        that of which the last input, or itself if it has none, was submitted first.  ``workers``
-        names those that may run it (an address, a host, a name, or a list of them; others too
-        while there is none of these if ``allow_other_workers``).  After an exception it is tried
-        again up to ``retries`` times.  Raises TypeError for what cannot be pickled, TypeError or
-        ValueError for a bad option, ValueError for a future that is another client's or released,
-        RuntimeError if this client is closed, ConnectionError if the scheduler is lost.
+        that which was submitted first, or the last input of which was, if it still has to wait for
+        one.  ``workers`` names those that may run it (an address, a host, a name, or a list of
+        them; others too while there is none of these if ``allow_other_workers``).  After an
+        exception it is tried again up to ``retries`` times.  Raises TypeError for what cannot be
+        pickled, TypeError or ValueError for a bad option, ValueError for a future that is another
+        client's or released, RuntimeError if this client is closed, ConnectionError if the
+        scheduler is lost.
 
         Say ``pure=False`` of what gives another result each time (a random number, the time), or
         is called for what it does.  It may run more than once all the same: if its worker dies

@@ -636,6 +636,17 @@ def test_of_two_maps_the_first_items_have_gone_through_both_before_the_last_begi
     assert order.index("another job") > order.index("x19") and len(order) == 61
 
 
+def test_whoever_keeps_submitting_calls_on_one_result_lets_others_have_their_turn():
+    s = Scheduler("w")
+    s.submit("table")
+    s.finish("table")
+    s.submit("a", "table")
+    s.submit("another job")
+    s.submit("b", "table")
+    s.finish("a")
+    assert s.states()["another job"] == "processing"
+
+
 def test_what_needs_data_alone_goes_in_the_order_of_submission():
     s = Scheduler("w")
     worker, attempt = scatter(s)
