@@ -3939,10 +3939,7 @@ class Worker(Body):
         while True:
             for op, *fields in await connection.receive():
                 if op == "get-data":
-                    for name in fields[0]:
-                        connection.send(["data", *name, *await self.give(name)])
-                        if connection.writing:  # Who asks sets the pace.
-                            await connection.writing
+                    await self.give(connection, iter(fields[0]))
                 elif op == "put-data":
                     self.happens(op, connection.peer, *fields)
                 elif op == "run":
@@ -3969,18 +3966,40 @@ class Worker(Body):
         with contextlib.suppress(RuntimeError):  # The loop is closed.
             self.loop.call_soon_threadsafe(connection.send, ["ran", number, status, value])
 
-    async def give(self, name):
+    async def give(self, connection, names):
+        """Answer for each of ``names``, an iterator.  Who asks sets the pace.
+
+        (A call of its own, so that a connection on which nothing is asked for keeps no value.)
+        """
+        # In another thread: pickling 100 MB takes long, and the loop has other peers.
+        while answers := await asyncio.to_thread(self.next_answers, names):
+            for answer in answers:
+                connection.send(answer)
+            if connection.writing:
+                await connection.writing
+
+    def next_answers(self, names):
+        """What to say of the next of ``names``: of a large value, or of many small ones.
+
+        (A thread, and a batch, for each small one would cost several times what it does itself.)
+        """
+        answers, nbytes = [], 0
+        while nbytes < LIMITS["ride_along_bytes"] and (name := next(names, None)):
+            status, frames = self.held(name)
+            answers.append(["data", *name, status, frames])
+            nbytes += sum(map(len, frames))
+        return answers
+
+    def held(self, name):
         """(status, frames) of a value: it is here, or not, or it is of no use, and why.
 
         "missing" is normal: it was freed while the request was under way.
         """
-        if name not in self.state.data:
-            return "missing", ()
-        value = self.state.data[name]
-        if isinstance(value, Packed):
-            return "ok", value
-        # In another thread: pickling 100 MB takes long, and the loop has other peers.
-        return await asyncio.to_thread(pack_result, name[0], value)
+        with self.lock:
+            if name not in self.state.data:
+                return "missing", ()
+            value = self.state.data[name]
+        return ("ok", value) if isinstance(value, Packed) else pack_result(name[0], value)
 
 
 def pack_result(key, result):

@@ -936,6 +936,16 @@ def fail(how):
     raise UnpicklableError(how)
 
 
+def test_a_worker_gives_small_values_many_at_a_time_and_large_ones_one_by_one():
+    worker = Worker("127.0.0.1:8786")  # It is never started.
+    sizes = [1] * 1000 + [LIMITS["ride_along_bytes"]] * 3
+    worker.state.data = {(f"x{n}", n): bytes(size) for n, size in enumerate(sizes)}
+    names, turns = iter([*worker.state.data, ("freed", 1)]), []
+    while answers := worker.next_answers(names):
+        turns.append([status for *_, status, _ in answers])
+    assert turns == [["ok"] * 1001, ["ok"], ["ok"], ["missing"]]
+
+
 @on_cluster
 async def test_an_exception_that_cannot_be_pickled_does_not_end_the_thread(c, a, b):
     for how in StopIteration, SystemExit:
