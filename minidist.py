@@ -3369,6 +3369,7 @@ class Body(Entered):
                         for op, *fields in batch:
                             self.take(peer, op, fields)
                     self.flush()
+                    batch = fields = ()  # Else what came last, maybe 100 MB, is kept meanwhile.
                     batch = await connection.receive()
         finally:
             self.links.pop(peer, None)  # (None: a client that closes has taken it out itself.)
@@ -3947,6 +3948,7 @@ class Worker(Body):
                     threading.Thread(target=run, daemon=True).start()
                 else:
                     raise ProtocolError(f"{op} on a data connection")
+            fields = ()  # As in ``follow``: what was put must not be kept until something else is.
 
     def answer_run(self, connection, number, run_spec):
         """Run a function outside of the task system, for Client.run, in a thread of its own.

@@ -936,6 +936,17 @@ def fail(how):
     raise UnpicklableError(how)
 
 
+@on_cluster
+async def test_what_was_freed_is_not_kept_by_the_connection_that_it_came_by(c, a, b):
+    x = await c.scatter("x" * 1_000_000, workers=[a.address])  # From the client to a worker, ...
+    y = c.submit(str.upper, x, workers=[b.address])  # ... from there to another, and back.
+    assert await y == "X" * 1_000_000
+    del x, y
+    await until(lambda: not a.data and not b.data and not c.state.futures)
+    frames = [o for o in gc.get_objects() if isinstance(o, minidist.Packed)]
+    assert max((len(frame) for packed in frames for frame in packed), default=0) < 1_000_000
+
+
 def test_a_worker_gives_small_values_many_at_a_time_and_large_ones_one_by_one():
     worker = Worker("127.0.0.1:8786")  # It is never started.
     sizes = [1] * 1000 + [LIMITS["ride_along_bytes"]] * 3
