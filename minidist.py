@@ -4617,14 +4617,14 @@ class Client(Threaded, Body):
 
         Futures at any depth of the arguments become their values.  ``pure`` calls that are equal
         share a key, and run once while a future of theirs lives; ``key`` names the task instead.
-        Of two tasks that can run, the one of higher ``priority`` (0) goes first; of equal ones,
-        that which was submitted first, or the last input of which was, if it still has to wait for
-        one.  ``workers`` names those that may run it (an address, a host, a name, or a list of
-        them; others too while there is none of these if ``allow_other_workers``).  After an
-        exception it is tried again up to ``retries`` times.  Raises TypeError for what cannot be
-        pickled, TypeError or ValueError for a bad option, ValueError for a future that is another
-        client's or released, RuntimeError if this client is closed, ConnectionError if the
-        scheduler is lost.
+        Of two tasks that can run, the one of higher ``priority`` (0) goes first, or else the one
+        that was submitted first; what needs results that are still to be computed counts as
+        submitted with the last of them.  ``workers`` names those that may run it (an address, a
+        host, a name, or a list of them; others too while there is none of these if
+        ``allow_other_workers``).  After an exception it is tried again up to ``retries`` times.
+        Raises TypeError for what cannot be pickled, TypeError or ValueError for a bad option,
+        ValueError for a future that is another client's or released, RuntimeError if this client
+        is closed, ConnectionError if the scheduler is lost.
 
         Say ``pure=False`` of what gives another result each time (a random number, the time), or
         is called for what it does.  It may run more than once all the same: if its worker dies
@@ -5354,6 +5354,8 @@ class LocalCluster(Threaded):
             n_workers = max(1, cores // (threads or 1)) if processes else 1
         self.n_workers, self.processes = whole("n_workers", n_workers, least=0), processes
         self.threads_per_worker = threads or max(1, cores // max(n_workers, 1))
+        if unknown := options.keys() - inspect.signature(Scheduler).parameters.keys():
+            raise TypeError(f"a local cluster does not know the option {min(unknown)}=")
         # Be patient: that a process of ours has ended is seen at once, and a call that keeps the
         # interpreter's lock makes a worker silent, too.
         self.scheduler = Scheduler(**{"worker_ttl": 300, **options})
