@@ -1761,8 +1761,11 @@ class SchedulerMind(Mind):
     def enter_no_worker(self, ts):
         """No worker that is here may run it.  Its user is warned, since it may be a wrong name."""
         self.unrunnable[ts] = None
+        wanted = ts
+        while wanted.waiters and not wanted.who_wants:  # Only what is made from it is.
+            wanted = next(iter(wanted.waiters))
         # Until a worker joins, one warning is enough for all that wait for the same.
-        for cs in [cs for cs in ts.who_wants if ts.restrictions not in cs.warned]:
+        for cs in [cs for cs in wanted.who_wants if ts.restrictions not in cs.warned]:
             cs.warned[ts.restrictions] = None
             called = f" called {' or '.join(ts.restrictions)}" if ts.restrictions else ""
             self.send(cs.id, "warning", f"{ts.key!r} waits: there is no worker{called} yet")

@@ -413,7 +413,7 @@ def test_a_lost_result_is_computed_again_with_the_inputs_that_were_freed():
     sent(s)
     s.stimulus_worker_left("w")
     assert s.states() == {"x": "no-worker", "y": "waiting"}
-    assert [(peer, op) for peer, op, _ in sent(s)] == [("c", "worker-left"), ("c", "key-lost")]
+    assert [op for _, op, _ in sent(s)] == ["worker-left", "key-lost", "warning"]
     s.stimulus_register_worker("v", "v", 1, [], [])
     s.finish("x")
     s.finish("y")

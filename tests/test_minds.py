@@ -458,6 +458,17 @@ def test_each_client_is_warned_once_of_each_kind_of_worker_that_is_not_there():
     assert len(told(s, "d", "warning")) == 1, "again, since there was one"
 
 
+def test_who_wants_only_what_is_made_from_it_is_warned_too():
+    s = Scheduler("w")
+    s.submit("x")
+    s.submit("y", "x")
+    s.submit("z", "y")
+    s.release("x", "y")
+    sent(s)
+    s.stimulus_worker_left("w")
+    assert [text for text in told(s, "c", "warning") if "'x' waits" in text["text"]]
+
+
 def test_a_task_goes_to_the_worker_with_the_least_work_for_each_thread():
     s = Scheduler("many", nthreads=3).measured("x", 2_000_000).measured("y", 3_000_000)
     s.stimulus_register_worker("few", "few", 2, [], [])
