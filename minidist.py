@@ -1593,7 +1593,7 @@ class SchedulerMind(Mind):
         for victim in list(islice(self.crowded, LIMITS["holders"])):
             self.crowded.move_to_end(victim)  # Next time others are looked at.
             ts = victim.queue.peek()
-            waiting_us = (victim.occupancy - ts.estimate_us) // victim.nthreads
+            waiting_us = self.busy_us(victim) - ts.estimate_us // victim.nthreads
             if ws in self.allowed(ts) and not any(d.stuck for d in ts.dependencies):
                 if self.has_room(ws, ts) and self.start_us(ts, ws) < waiting_us:
                     return ts
@@ -1691,7 +1691,15 @@ class SchedulerMind(Mind):
         The sum of what has to be moved and of the work that waits.  Both go on at once in truth:
         the sum is too long by the shorter, but it prefers the holder among workers that are idle.
         """
-        return self.moving_us(ts, ws) + ws.occupancy // ws.nthreads
+        return self.moving_us(ts, ws) + self.busy_us(ws)
+
+    def busy_us(self, ws):
+        """How long ``ws`` has work for.  If it is late, what runs was taken to be short, and is not.
+
+        (When its threads are free again, it is late only in that it gave back what nobody needed.)
+        """
+        late = ws.late and ws.load == FULL
+        return ws.occupancy // ws.nthreads + (UNKNOWN_US if late else 0)
 
     def moving_us(self, ts, ws):
         """How long ``ws`` would take to fetch the inputs of ``ts`` that it has not; 0 if none."""

@@ -739,6 +739,30 @@ def test_a_worker_that_gave_back_what_came_late_gets_one_task_a_thread_until_one
     assert len(s.workers["w"].processing) > 1
 
 
+def test_what_is_given_back_late_and_what_waits_behind_it_go_to_who_is_idle():
+    s = Scheduler("v", "w").measured("f", duration_us=10)
+    s.submit("x", workers=["v"])
+    s.finish("x")
+    for key, name in [("hour", "f"), ("short", "f"), ("long", None)]:
+        s.submit(key, "x", name=name)
+    assert [(key, worker) for worker, key in s.computing()][1:] == [("hour", "v"), ("short", "v")]
+    s.stimulus_task_returned("v", s.tasks["short"].attempt, [])
+    s.finish("short")
+    assert s.computing() == [("w", "short"), ("w", "long")]
+
+
+def test_a_worker_that_gave_back_what_nobody_needed_keeps_its_share_when_it_is_idle():
+    s = Scheduler("v", "w")
+    s.submit("x", workers=["v"])
+    s.finish("x")
+    s.submit("y", "x")
+    attempt = s.tasks["y"].attempt
+    s.release("y")
+    s.stimulus_task_returned("v", attempt, [])
+    s.submit("z", "x")
+    assert s.tasks["z"].processing_on is s.workers["v"]
+
+
 def test_a_worker_that_says_twice_that_it_holds_a_value_holds_it_once():
     s = Scheduler("w")
     s.submit("x")
