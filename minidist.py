@@ -2943,7 +2943,10 @@ class Pickler(cloudpickle.Pickler):
         """
         if isinstance(obj, types.CodeType):
             make, args = self.dispatch_table[types.CodeType](obj)
-            return make, tuple(obj.co_filename if a == "<dynamic-code>" else a for a in args)
+            # (By its type first: ``python -bb`` lets nobody compare bytes with a string.)
+            return make, tuple(
+                obj.co_filename if type(a) is str and a == "<dynamic-code>" else a for a in args
+            )
         if isinstance(obj, (MEMOIZED, typing.NewType)) and obj.__module__.endswith("_main__"):
             # A script's own; cloudpickle would send no more than its name.
             if isinstance(obj, MEMOIZED):

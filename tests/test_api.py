@@ -242,6 +242,13 @@ def test_a_traceback_shows_the_lines_of_code_that_went_by_value(synchronous):
     assert [place.lineno for place in traceback.extract_tb(far)] == [100_000, 5]
 
 
+def test_functions_travel_also_where_bytes_must_not_be_compared_with_strings():
+    code = "import minidist; print(minidist.loads(minidist.dumps(lambda: 1))())"
+    run = [sys.executable, "-bb", "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
 def test_who_waits_while_a_client_is_closed_is_told(synchronous):
     for _ in range(3):
         outcome = []
