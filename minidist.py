@@ -3138,7 +3138,7 @@ def pack_exception(error, skip=0):
     links = []
     while error is not None and len(links) < 20:
         steps = traceback.walk_tb(error.__traceback__)
-        codes = [(frame.f_code, line) for frame, line in steps]
+        codes = [(frame.f_code, line or 0) for frame, line in steps]  # Some code has no lines.
         places = [(c.co_filename, line, c.co_name, c.co_firstlineno) for c, line in codes]
         data = b""
         with contextlib.suppress(BaseException):  # Whatever it does then is the task's failure.
@@ -3182,8 +3182,9 @@ def rebuild_traceback(places):
     tb = None
     for filename, line, name, first in reversed(places):
         # Its table of lines, as CPython documents it: eight instructions in no column, so that
-        # nothing is underlined; and, by six bits, twice the number of lines after the first.
-        table, after = bytearray(b"\xef"), max(line - first, 0) << 1
+        # nothing is underlined; and, by six bits, how many lines after the first, doubled, and one
+        # more if it is before.
+        table, after = bytearray(b"\xef"), abs(line - first) << 1 | (line < first)
         while after >> 6:
             table.append(after & 63 | 64)
             after >>= 6

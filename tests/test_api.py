@@ -238,8 +238,19 @@ def test_a_traceback_shows_the_lines_of_code_that_went_by_value(synchronous):
     assert (place.filename, place.name, place.line) == (__file__, "divide", "quotient = x / y")
     assert tb.tb_frame.f_code.co_firstlineno == divide.__code__.co_firstlineno
     assert "^" not in "".join(traceback.format_tb(tb)), "which would be under other words"
-    far = minidist.rebuild_traceback([("far.py", 100_000, "f", 7), ("near.py", 5, "g", 5)])
-    assert [place.lineno for place in traceback.extract_tb(far)] == [100_000, 5]
+    places = [("far.py", 100_000, "f", 7), ("near.py", 5, "g", 5), ("before.py", 1, "h", 100)]
+    tb = minidist.rebuild_traceback(places)
+    assert [place.lineno for place in traceback.extract_tb(tb)] == [100_000, 5, 1]
+    assert [frame.f_lineno for frame, _ in traceback.walk_tb(tb)] == [100_000, 5, 1]
+
+
+def test_what_code_without_lines_raises_travels(synchronous):
+    def divide(x, y):
+        return x / y
+
+    divide.__code__ = divide.__code__.replace(co_linetable=b"")
+    with pytest.raises(ZeroDivisionError):
+        synchronous.submit(divide, 1, 0).result()
 
 
 def test_functions_travel_also_where_bytes_must_not_be_compared_with_strings():
