@@ -1305,7 +1305,7 @@ class SchedulerMind(Mind):
         self.send(worker, "registered", self.ttl_us)
         for ts in self.unrunnable:
             self.mark(ts)
-        for cs in self.clients.values():
+        for cs in [*self.clients.values(), self.keeper]:
             cs.warned.clear()
         self.settle()
 
@@ -1767,16 +1767,13 @@ class SchedulerMind(Mind):
         ts.queue, ts.estimate_us = None, 0
 
     def enter_no_worker(self, ts):
-        """No worker that is here may run it.  Its user is warned, since it may be a wrong name."""
+        """No worker that is here may run it.  Its users are warned: it may be a wrong name."""
         self.unrunnable[ts] = None
         wanted = ts
         while wanted.waiters and not wanted.who_wants:  # Only what is made from it is.
             wanted = next(iter(wanted.waiters))
-        # Until a worker joins, one warning is enough for all that wait for the same.
-        for cs in [cs for cs in wanted.who_wants if ts.restrictions not in cs.warned]:
-            cs.warned[ts.restrictions] = None
-            called = f" called {' or '.join(ts.restrictions)}" if ts.restrictions else ""
-            self.send(cs.id, "warning", f"{ts.key!r} waits: there is no worker{called} yet")
+        for cs in wanted.who_wants:
+            self.warn(cs, ts)
 
     def leave_no_worker(self, ts):
         del self.unrunnable[ts]
@@ -2187,7 +2184,7 @@ class SchedulerMind(Mind):
         return [ws.id for ws in islice(ts.who_has, LIMITS["holders"])]
 
     def tell(self, cs, ts):
-        """Tell a client how a task that it wants has ended, if it has.
+        """Tell a client how a task that it wants has ended, if it has; or that no worker may run it.
 
         While copies of it are being made, they are waited for: so a scatter with ``broadcast``
         returns when each worker has it, and who could not fetch it is told of the new holder.
@@ -2200,6 +2197,15 @@ class SchedulerMind(Mind):
         elif ts.state == "memory" and ts.who_has and not ts.copying:
             news = (ts.attempt, ts.nbytes, ts.type, self.holders(ts), ts.value)
             self.send(cs.id, "key-in-memory", ts.key, want, *news)
+        elif ts.state == "no-worker":
+            self.warn(cs, ts)
+
+    def warn(self, cs, ts):
+        """Until a worker joins, one warning is enough for all that wait for the same."""
+        if ts.restrictions not in cs.warned:
+            cs.warned[ts.restrictions] = None
+            called = f" called {' or '.join(ts.restrictions)}" if ts.restrictions else ""
+            self.send(cs.id, "warning", f"{ts.key!r} waits: there is no worker{called} yet")
 
     # Invariants.
 

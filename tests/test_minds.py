@@ -469,6 +469,14 @@ def test_who_wants_only_what_is_made_from_it_is_warned_too():
     assert [text for text in told(s, "c", "warning") if "'x' waits" in text["text"]]
 
 
+def test_whoever_wants_what_waits_for_a_worker_already_is_warned_too():
+    s = Scheduler(clients=("c", "d"))
+    s.submit("x", workers=["nobody"])
+    s.submit("x", client="d")
+    (warning,) = told(s, "d", "warning")
+    assert warning["text"] == "'x' waits: there is no worker called nobody yet"
+
+
 def test_a_task_goes_to_the_worker_with_the_least_work_for_each_thread():
     s = Scheduler("many", nthreads=3).measured("x", 2_000_000).measured("y", 3_000_000)
     s.stimulus_register_worker("few", "few", 2, [], [])
