@@ -1569,9 +1569,8 @@ class SchedulerMind(Mind):
     def next_for(self, ws):
         """What ``ws`` has room for: of its own queue, of the common one, or of another worker's.
 
-        Only the first of both heads is looked at.  What stands behind it, in whichever queue, could
-        be short enough to fit where it does not.  But then no thread would ever be free for a long
-        task, nor a worker empty for a suspect, while short ones of lower priority keep coming.
+        Only the first of both heads is looked at.  Behind it may stand what would fit where a
+        suspect does not.  But then no worker would ever be empty for that, while others keep coming.
         """
         ts, other = ws.queue.peek(), self.queue.peek()
         if ts is None or (other and other.priority < ts.priority):
@@ -1612,16 +1611,14 @@ class SchedulerMind(Mind):
     def most_load(self, ts):
         """How loaded a worker may be that gets ``ts``.
 
-        Room is measured in time: a task for each thread, and beyond that about a millisecond of
-        known-short ones.  So microsecond tasks run hundreds deep, and none waits behind an hour.
+        Room is measured in time: what is not known to be short takes all that one thread has, about
+        a millisecond.  So microsecond tasks run hundreds deep, and none waits behind an hour.
         With one task for each thread alone, a thread would wait for a round trip after each, which
         takes many times as long as a tiny task; with much more, a few workers would swallow what
         many could share.
         """
         # dask: room is a number of tasks for each thread (worker-saturation), not a time.
-        if ts.suspect:
-            return EMPTY
-        return ROOM if self.estimate(ts) <= ROOM_US else FREE
+        return EMPTY if ts.suspect else ROOM
 
     def room_for(self, ts):
         """A worker with room for ``ts``, and with nothing in its own queue that goes first."""
@@ -2291,10 +2288,8 @@ class SchedulerMind(Mind):
             put = ts.attempt == attempt and ts.processing_on is ws
             assert put or dict(ts.copying).get(attempt) is ws, ws
         assert not ws.leaving or ws.leaving[-1].copying, ws
-        # W3. No thread is idle while something waits for it, but for a suspect to run alone.
-        # (Room for a further, short one may go unnoticed for a while, when it is another worker
-        # that measures how short it is.)
-        assert not ws.queue or ws.load > FREE or ws.queue.peek().suspect, ws
+        # W3. What waits for it has no room there, but for a suspect, which has to run alone.
+        assert not ws.queue or ws.load > ROOM or ws.queue.peek().suspect, ws
 
 
 def check_transposes(some, field, others, transpose):

@@ -1555,7 +1555,7 @@ WorkerMind.missed | in self.needed_by.get(name, ()) | in () | the_books_balance
 SchedulerMind.stimulus_retry | each.error or |  | honesty
 # An innocent is blamed; a suspect does not run alone.
 SchedulerMind.suspect | if blamed: | if True: | honesty
-SchedulerMind.most_load | return EMPTY | return FREE | the_books_balance
+SchedulerMind.most_load | return EMPTY if | return FREE if | the_books_balance
 # A cancel reaches too much.
 SchedulerMind.stimulus_cancel_keys | None if force else cs | None | no_live_future_is_cancelled
 ClientMind.become | if not state.value: | if True: | no_live_future_is_cancelled

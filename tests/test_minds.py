@@ -560,16 +560,15 @@ def test_a_worker_that_joins_steals_what_waits_for_another():
 
 
 def test_an_idle_holder_of_its_input_steals_what_waits():
-    s = Scheduler("idle", "v", "holder").measured("short", duration_us=0)
+    s = Scheduler("idle", "v", "holder").measured("short", duration_us=1_000)
     s.submit("big", workers=["name of v"])
     _, attempt = s.finish("big", nbytes=100_000_000)
     s.stimulus_add_keys("holder", [("big", attempt)])
     s.submit("busy", workers=["name of holder"])
     s.submit("x", workers=["name of v"], name="short")
-    s.submit("y", "big")  # It waits for x, which takes no time.
+    s.submit("y", "big")  # It waits for x, which takes less time than to move its input to any.
+    assert s.tasks["y"].queue.worker is s.workers["v"]
     s.finish("busy")
-    s.submit("urgent", workers=["name of v"], priority=1)
-    s.finish("x")  # Now it would wait for long, but to move its input to any would take longer.
     assert s.tasks["y"].processing_on is s.workers["holder"]
 
 
@@ -689,19 +688,18 @@ def test_tasks_wait_in_order_however_little_their_priorities_differ():
 
 
 @pytest.mark.parametrize("tiny_inputs, urgent_inputs", [("x", ""), ("", "x")])
-def test_a_long_task_is_not_passed_for_ever_by_short_ones_of_another_queue(
-    tiny_inputs, urgent_inputs
-):
+def test_a_long_task_is_not_passed_by_short_ones_of_another_queue(tiny_inputs, urgent_inputs):
     s = Scheduler("w").measured("tiny", duration_us=100)
     s.submit("x")
     s.finish("x")
     for n in range(100):
         s.submit(f"y{n}", *tiny_inputs, name="tiny")
     s.submit("urgent", *urgent_inputs, priority=1)
-    for n in range(10):
-        assert s.states()["urgent"] == "queued", "tiny ones were sent a millisecond deep"
-        s.finish(f"y{n}", duration_us=100)
+    assert s.states()["urgent"] == "queued", "tiny ones were sent a millisecond deep"
+    s.finish("y0", duration_us=100)
     assert s.states()["urgent"] == "processing"
+    s.finish("y1", duration_us=100)
+    assert s.states()["y10"] == "queued", "it takes all the room of its thread"
 
 
 def test_a_task_of_a_millisecond_is_short_and_fills_the_room():
@@ -747,15 +745,15 @@ def test_a_worker_that_gave_back_what_came_late_gets_one_task_a_thread_until_one
     assert len(s.workers["w"].processing) > 1
 
 
-def test_what_is_given_back_late_and_what_waits_behind_it_go_to_who_is_idle():
+def test_what_is_given_back_late_goes_to_who_is_idle():
     s = Scheduler("v", "w").measured("f", duration_us=10)
     s.submit("x", workers=["v"])
     s.finish("x")
     for key, name in [("hour", "f"), ("short", "f"), ("long", None)]:
         s.submit(key, "x", name=name)
-    assert [(key, worker) for worker, key in s.computing()][1:] == [("hour", "v"), ("short", "v")]
-    s.stimulus_task_returned("v", s.tasks["short"].attempt, [])
-    s.finish("short")
+    assert s.computing()[1:] == [("v", "hour"), ("v", "short"), ("v", "long")]
+    for key in ("short", "long"):
+        s.stimulus_task_returned("v", s.tasks[key].attempt, [])
     assert s.computing() == [("w", "short"), ("w", "long")]
 
 

@@ -165,15 +165,15 @@ def test_a_value_that_cannot_be_had_fails_the_dependents_that_wait_for_room():
     assert s.states() == {"x": "erred", "y": "processing", "z": "erred"}
 
 
-def test_a_task_that_is_let_go_makes_way_for_a_shorter_one_behind_it():
-    s = Scheduler("w").measured("f", duration_us=10)
-    s.submit("x")
-    s.finish("x")
-    s.submit("running", "x", name="f")
-    s.submit("long", "x")
-    s.submit("short", "x", name="f")
+def test_a_suspect_that_is_let_go_makes_way_for_what_waits_behind_it():
+    s = Scheduler("u", "w").measured("f", duration_us=10)
+    s.submit("running", workers=["name of w"], name="f")
+    s.submit("suspect", name="f")
+    s.stimulus_worker_left("u")
+    s.submit("short", workers=["name of w"], name="f")
+    assert s.states()["suspect"] == s.states()["short"] == "queued"
     sent(s)
-    s.release("long")
+    s.release("suspect")
     assert s.computing() == [("w", "short")]
 
 
