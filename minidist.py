@@ -3764,7 +3764,7 @@ class Worker(Body):
     def __init__(self, scheduler_address, nthreads=None, name=None, timeout=10):
         super().__init__(WorkerMind())
         split_address(scheduler_address)
-        self.scheduler_address, self.timeout = scheduler_address, timeout
+        self.scheduler_address, self.timeout = scheduler_address, seconds(timeout)
         self.nthreads, self.name = whole("nthreads", nthreads or os.cpu_count() or 1, least=1), name
         self.lock = threading.Condition()  # Threads take attempts; they wait for a ready one.
         self.scheduler = None  # the Connection

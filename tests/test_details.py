@@ -1270,6 +1270,16 @@ def test_schedulers_and_workers_can_be_awaited_and_then_be_context_managers():
     asyncio.run(main())
 
 
+def test_a_worker_gives_its_scheduler_any_time_that_others_take():
+    async def main(timeout):
+        await Worker("127.0.0.1:1", timeout=timeout)
+
+    with pytest.raises(ConnectionError, match=r"no scheduler at 127.0.0.1:1 within 0.01 s"):
+        asyncio.run(main("10 ms"))
+    with pytest.raises(ValueError, match="'soon' is no time"):
+        asyncio.run(main("soon"))
+
+
 def test_a_local_cluster_on_a_port_that_is_taken_says_so_and_leaves_nothing():
     minidist.loop_in_thread(os.getpid())  # That one stays.
     before = {*threading.enumerate()}
