@@ -3284,6 +3284,18 @@ def dropping(peer):
         logger.exception("Dropped %s: what it sent cannot be", peer)
 
 
+class Shown:
+    """Shows its ``_facts()``, as text and as HTML that leaves colours to the notebook's theme."""
+
+    def __repr__(self):
+        return f"<{type(self).__name__}: {', '.join(self._facts())}>"
+
+    def _repr_html_(self):
+        facts = "<br>".join(html.escape(fact) for fact in self._facts())
+        style = "border-left: 3px solid; padding-left: 0.6em"  # in the colour of the text
+        return f'<div style="{style}"><b>{type(self).__name__}</b><br>{facts}</div>'
+
+
 class Entered:
     """What ``async with`` starts and closes, by its coroutines ``_start`` and ``close``.
 
@@ -3309,7 +3321,7 @@ class Entered:
         await asyncio.shield(self.close())  # Cancelled or not, it ends.
 
 
-class Body(Entered):
+class Body(Shown, Entered):
     """What the bodies of the three minds share: links to peers, and the tasks that serve them.
 
     With ``MINIDIST_VALIDATE`` in the environment, every invariant of the mind is checked before
@@ -3328,6 +3340,9 @@ class Body(Entered):
         self.tasks = set()  # of asyncio, cancelled when it ends
         self.lock = contextlib.nullcontext()  # around the mind
         self.validating = bool(os.environ.get("MINIDIST_VALIDATE"))
+
+    def _facts(self):
+        return [self.address if self.server else "not started"]
 
     def start(self, coroutine):
         """A task of this body's.  (Somebody has to keep it: the loop refers to tasks weakly.)"""
@@ -4074,18 +4089,6 @@ class DoneAndNotDoneFutures(namedtuple("DoneAndNotDoneFutures", "done not_done")
         """So that ``wait([])`` can be awaited too, which knows of no client."""
         yield from ()
         return self
-
-
-class Shown:
-    """Shows its ``_facts()``, as text and as HTML that leaves colours to the notebook's theme."""
-
-    def __repr__(self):
-        return f"<{type(self).__name__}: {', '.join(self._facts())}>"
-
-    def _repr_html_(self):
-        facts = "<br>".join(html.escape(fact) for fact in self._facts())
-        style = "border-left: 3px solid; padding-left: 0.6em"  # in the colour of the text
-        return f'<div style="{style}"><b>{type(self).__name__}</b><br>{facts}</div>'
 
 
 class Future(Shown):
@@ -5360,6 +5363,8 @@ class LocalCluster(Threaded):
     With ``processes=False`` all is in one process: for a look at everything in a debugger, or for
     tasks that spend their time in compiled code or waiting.
     """
+
+    address = scheduler_address = "not started"
 
     def __init__(
         self, n_workers=None, threads_per_worker=None, processes=True, asynchronous=False, **options

@@ -17,7 +17,7 @@ import types
 
 import pytest
 
-from minidist import REFUSAL, Bars, Client, FutureState, progress, wait
+from minidist import REFUSAL, Bars, Client, FutureState, LocalCluster, Worker, progress, wait
 from test_minidist import (  # noqa: F401
     GATES,
     ROOT,
@@ -219,6 +219,21 @@ def test_objects_show_the_same_facts_in_a_notebook_and_escape_what_users_named(c
     assert re.search(facts.format("LocalCluster"), c.cluster._repr_html_())
     c.close()
     assert "<b>Client</b><br>this client is closed: make a new one</div>" in c._repr_html_()
+
+
+def test_what_has_not_started_says_so_and_then_where_it_is():
+    async def main():
+        cluster = LocalCluster(1, processes=False, asynchronous=True)
+        worker, text = Worker("127.0.0.1:1"), "<Worker: not started>"
+        assert (repr(worker), repr(cluster.scheduler)) == (text, "<Scheduler: not started>")
+        assert repr(cluster).startswith("<LocalCluster: not started, 0 workers")
+        with pytest.raises(ValueError, match="'not started' is no address"):
+            Client(cluster, asynchronous=True)
+        async with cluster:
+            assert repr(cluster.scheduler) == f"<Scheduler: {cluster.address}>"
+            assert repr(cluster.workers) == f"[<Worker: {cluster.workers[0].address}>]"
+
+    asyncio.run(main())
 
 
 def test_objects_leave_all_colours_to_the_theme(c):
