@@ -5410,6 +5410,7 @@ class LocalCluster(Threaded):
     async def _keep(self, name):
         """Run a worker process; when it is lost, another, until the cluster ends."""
         arguments = [self.address, "--nthreads", self.threads_per_worker, "--name", name, "--quiet"]
+        arguments += ["--log-level", "warning"]  # As here: a task may have a cluster of its own.
         while not self.scheduler.ended.is_set():
             start = time.monotonic()
             async with worker_process(*arguments, ended_by=signal.SIGKILL) as process:

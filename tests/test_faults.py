@@ -634,6 +634,19 @@ def test_what_tasks_print_or_leave_for_their_end_is_there_when_the_script_has_en
     assert sorted(out.splitlines()) == sorted(said)
 
 
+def test_a_task_may_have_a_cluster_of_its_own_of_which_nothing_is_said(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "from minidist import Client\n"
+        "def inner():\n"
+        "    with Client(n_workers=1) as client:\n"
+        "        return client.submit(abs, -1).result()\n"
+        "with Client(n_workers=1) as client:\n"
+        "    print(client.submit(inner).result())\n"
+    )
+    with process(tmp_path / "script.py", PYTHONPATH=str(ROOT)) as p:
+        assert p.communicate(timeout=60) == ("1\n", "")
+
+
 def test_what_a_script_has_wrapped_or_spawned_goes_by_value_too(tmp_path):
     """Names of its main module mean nothing, or something else, where its tasks run."""
     (tmp_path / "script.py").write_text(
