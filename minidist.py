@@ -3950,18 +3950,19 @@ class Worker(Body):
         """
         result = func(*args, **kwargs)
         if inspect.iscoroutine(result):
-            result, error = asyncio.run_coroutine_threadsafe(self.run(result), self.loop).result()
-            if error is not None:
-                raise error
+            errors, loop = [], self.loop
+            result = asyncio.run_coroutine_threadsafe(self.run(result, errors), loop).result()
+            if errors:  # (By no name: an error refers to this frame, and so to all arguments.)
+                raise errors.pop()
         return result
 
-    async def run(self, coroutine):
-        """(what a coroutine returns, None), or (None, what it raises: SystemExit ends a loop)"""
+    async def run(self, coroutine, errors):
+        """What a coroutine returns; what it raises goes to ``errors``: SystemExit ends a loop."""
         self.start(asyncio.current_task())  # It runs already; this notes that it is ours.
         try:
-            return await coroutine, None
+            return await coroutine
         except BaseException as error:
-            return None, error
+            errors.append(error)
 
     # Data connections.  What comes by them is entered in the mind's books only as far as rule three
     # of chapter 1 allows: a value that was put is claimed on the scheduler's stream.

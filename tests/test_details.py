@@ -947,6 +947,28 @@ async def test_what_was_freed_is_not_kept_by_the_connection_that_it_came_by(c, a
     assert max((len(frame) for packed in frames for frame in packed), default=0) < 1_000_000
 
 
+@on_cluster
+async def test_what_a_task_has_raised_keeps_none_of_its_inputs(c, a, b):
+    def refuse(value):
+        raise ValueError
+
+    async def refuse_slowly(value):
+        raise ValueError
+
+    for func in refuse, refuse_slowly:
+        x = c.submit(set, key="x", workers=[b.address])
+        assert type(await c.submit(func, x, workers=[b.address]).exception()) is ValueError
+        gc.disable()
+        try:
+            value = weakref.ref(*b.data.values())
+            del x
+            await until(lambda: not b.data)
+            await c.submit(abs, -1, workers=[b.address], pure=False)  # In its only thread.
+            assert value() is None
+        finally:
+            gc.enable()
+
+
 def test_a_worker_gives_small_values_many_at_a_time_and_large_ones_one_by_one():
     worker = Worker("127.0.0.1:8786")  # It is never started.
     sizes = [1] * 1000 + [LIMITS["ride_along_bytes"]] * 3
