@@ -4999,10 +4999,10 @@ class Client(Threaded, Body):
                 if isinstance(answer, list) and answer[0] == "ok":
                     results[address] = loads(answer[1])
                 elif on_error != "ignore":
-                    error = unpack_exception(answer[1]) if isinstance(answer, list) else answer
-                    results[address] = error
-                    if on_error == "raise":
-                        raise to_be_raised(error)
+                    told = isinstance(answer, list)
+                    results[address] = unpack_exception(answer[1]) if told else answer
+                    if on_error == "raise":  # (By no name, as in ``outcome``.)
+                        raise to_be_raised(results.pop(address))
             return results
 
         return self._then(finish, run)

@@ -969,6 +969,26 @@ async def test_what_a_task_has_raised_keeps_none_of_its_inputs(c, a, b):
             gc.enable()
 
 
+def test_what_a_client_raises_keeps_nothing_of_who_handles_it():
+    def handle(fail):
+        value = set()
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        return weakref.ref(value)
+
+    def divide():
+        return 1 / 0
+
+    with Client(processes=False) as c:
+        gc.disable()
+        try:
+            assert handle(lambda: c.submit(divide).result())() is None
+            assert handle(lambda: c.gather([c.submit(divide)]))() is None
+            assert handle(lambda: c.run(divide))() is None
+        finally:
+            gc.enable()
+
+
 def test_a_worker_gives_small_values_many_at_a_time_and_large_ones_one_by_one():
     worker = Worker("127.0.0.1:8786")  # It is never started.
     sizes = [1] * 1000 + [LIMITS["ride_along_bytes"]] * 3
