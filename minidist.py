@@ -4433,14 +4433,17 @@ class Client(Threaded, Body):
         self._scheduler = None  # the Connection
         # The exception type and words that new calls get, before it is connected and at its end.
         self._refusal = (RuntimeError, "this client is not connected: await it first")
-        self.cluster = LocalCluster(asynchronous=asynchronous, **new) if address is None else None
+        self.cluster = address if isinstance(address, LocalCluster) else None
+        self._owns = address is None  # its cluster, which then ends with it
+        if self._owns:
+            self.cluster = LocalCluster(asynchronous=asynchronous, **new)
         self._live(asynchronous)
 
     # Life.
 
     async def _start(self):
         self.loop, self._thread = asyncio.get_running_loop(), threading.current_thread()
-        if self.cluster:
+        if self._owns:
             if self.asynchronous:
                 await self.cluster
             self._address = self.cluster.address
@@ -4478,7 +4481,7 @@ class Client(Threaded, Body):
             await asyncio.wait([self._scheduler.following], timeout=1)
             await self.stop()
             await self._scheduler.close()
-        if self.cluster:
+        if self._owns:
             await self.cluster._close()
             atexit.unregister(self.cluster.close)  # It would be kept as long as this process.
 

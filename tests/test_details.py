@@ -1551,6 +1551,16 @@ def test_the_cluster_of_a_client_can_be_closed_as_any_other():
                 c.submit(abs, -1)
 
 
+def test_a_client_knows_the_cluster_that_it_was_given_and_leaves_it_as_it_is():
+    with minidist.LocalCluster(1, processes=False) as cluster:
+        for _ in range(2):
+            with Client(cluster) as c:
+                assert c.cluster is cluster
+                assert c.submit(abs, -1).result() == 1
+        with Client(cluster.address) as c:
+            assert c.cluster is None
+
+
 def test_a_client_that_was_closed_leaves_nothing_of_its_cluster():
     with Client(processes=False) as c:
         cluster = weakref.ref(c.cluster)
