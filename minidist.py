@@ -5505,7 +5505,8 @@ LEVELS = ("debug", "info", "warning", "error")
 def parse(argv):
     """The options of a command, with the coroutine function that ``run``s it."""
     text = "Give the address that the scheduler prints to workers, and to Client(address)."
-    parser = argparse.ArgumentParser("minidist", description=__doc__.splitlines()[0], epilog=text)
+    about = __doc__ and __doc__.splitlines()[0]  # (python -OO leaves it out.)
+    parser = argparse.ArgumentParser("minidist", description=about, epilog=text)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(run, about):

@@ -423,9 +423,9 @@ def test_tasks_find_the_arguments_and_flags_of_their_script(tmp_path):
         "    return sys.argv[1:], sys.flags.optimize, sys.warnoptions\n"
         "print(*minidist.Client(n_workers=1).submit(look).result())\n"
     )
-    script = ["-O", "-W", "ignore", tmp_path / "script.py", "one", "two words"]
+    script = ["-OO", "-W", "ignore", tmp_path / "script.py", "one", "two words"]
     with process(*script, PYTHONPATH=str(ROOT)) as p:
-        assert p.communicate(timeout=30) == ("['one', 'two words'] 1 ['ignore']\n", "")
+        assert p.communicate(timeout=30) == ("['one', 'two words'] 2 ['ignore']\n", "")
 
 
 def test_one_command_starts_several_workers_with_numbered_names(scheduler):
