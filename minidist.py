@@ -2938,18 +2938,16 @@ class Pickler(cloudpickle.Pickler):
     def reducer_override(self, obj):
         """(function, arguments) that make ``obj`` again, and its state; or what cloudpickle says.
 
-        An exception whose ``__init__`` takes other arguments than it gives to ``Exception`` could
-        be pickled, but not be unpickled.  (tblib helps it likewise.)  And code would not say from
-        which file it is: a traceback could not show its lines.
+        It would send code without the name of its file, so that a traceback could not show the
+        lines; classes without their slots; of what a script has cached no more than its name; and
+        an exception whose ``__init__`` takes other arguments than it gives to ``Exception`` could
+        not be unpickled.  (tblib helps it likewise.)
         """
         if isinstance(obj, types.CodeType):
             make, args = self.dispatch_table[types.CodeType](obj)
-            # (By its type first: ``python -bb`` lets nobody compare bytes with a string.)
-            return make, tuple(
-                obj.co_filename if type(a) is str and a == "<dynamic-code>" else a for a in args
-            )
+            # (To compare each with the name would fail under ``python -bb``: some are bytes.)
+            return make, tuple({"<dynamic-code>": obj.co_filename}.get(a, a) for a in args)
         if isinstance(obj, (MEMOIZED, typing.NewType)) and obj.__module__.endswith("_main__"):
-            # A script's own; cloudpickle would send no more than its name.
             if isinstance(obj, MEMOIZED):
                 return memoized, (obj.__wrapped__, obj.cache_parameters())
             return typing.NewType, (obj.__name__, obj.__supertype__), vars(obj)
@@ -2958,8 +2956,7 @@ class Pickler(cloudpickle.Pickler):
             return make_exception, obj.__reduce__()
         reduced = super().reducer_override(obj)
         if isinstance(obj, type) and isinstance(reduced, tuple) and vars(obj).get("__slots__"):
-            # It would be made without them, and its objects with a dict, for which they have no
-            # place here when they come back.
+            # (Without them its objects would have a dict there, for which they have no place here.)
             for names in reduced[1]:
                 if isinstance(names, dict) and "__module__" in names:
                     names["__slots__"] = obj.__slots__
@@ -3098,8 +3095,8 @@ def pure_key(name, frames):
     """Same bytes, same call, same key.
 
     Sizes are hashed too: else two frames could be cut in another place, and mean another call.
-    Equal values with other bytes (a set, a dict in another order) are computed twice: that is
-    safe, the contrary would not be.
+    Equal values with other bytes (a set, a dict in another order, a function from another file) are
+    computed twice: that is safe, the contrary would not be.
 
     dask: ``tokenize`` knows many types, so that equal values have equal keys more often.
     """
@@ -5365,7 +5362,7 @@ class LocalCluster(Threaded):
     taken, TimeoutError if its workers do not start.
 
     With ``processes=False`` all is in one process: for a look at everything in a debugger, or for
-    tasks that spend their time in compiled code or waiting.
+    tasks that spend their time in compiled code or waiting.  (Results are pickled all the same.)
     """
 
     address = scheduler_address = "not started"
