@@ -1886,7 +1886,7 @@ class SchedulerMind(Mind):
         But who submits one call after the other on a result that is there must not go first for
         as long as that goes on.
         """
-        # dask: has the same effect, since it holds back only tasks that have no inputs.
+        # dask: to a like effect, only large groups of tasks without inputs wait on the scheduler.
         self.submitted += 1
         begun = [d.priority // MANY % MANY for d in dependencies if not d.who_has]
         # In one number, since heaps compare little else; the fraction of a user's priority is
