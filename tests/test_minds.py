@@ -665,6 +665,26 @@ def test_whoever_keeps_submitting_calls_on_one_result_lets_others_have_their_tur
     assert s.states()["another job"] == "processing"
 
 
+def test_what_needs_a_result_goes_no_earlier_than_what_makes_it_was_submitted():
+    s = Scheduler("w")
+    s.submit("running")
+    s.submit("early")
+    s.submit("x", priority=1)
+    s.submit("y", "x")
+    s.finish("running")
+    s.finish("x")
+    assert (s.states()["early"], s.states()["y"]) == ("processing", "queued")
+
+
+def test_a_task_that_failed_and_is_retried_is_no_suspect():
+    s = Scheduler("w", nthreads=2)
+    s.submit("x")
+    s.submit("y")
+    s.stimulus_task_erred("w", s.tasks["x"].attempt, (b"boom",))
+    s.stimulus_retry("c", "x", 2)
+    assert s.states() == {"x": "processing", "y": "processing"}
+
+
 def test_what_needs_data_alone_goes_in_the_order_of_submission():
     s = Scheduler("w")
     worker, attempt = scatter(s)
