@@ -1616,6 +1616,9 @@ class SchedulerMind(Mind):
         With one task for each thread alone, a thread would wait for a round trip after each, which
         takes many times as long as a tiny task; with much more, a few workers would swallow what
         many could share.
+
+        What is not known to be short does not wait for a free thread: what runs there may be
+        wrongly taken to be short, and who is not sent cannot come back late, to go elsewhere.
         """
         # dask: room is a number of tasks for each thread (worker-saturation), not a time.
         return EMPTY if ts.suspect else ROOM

@@ -1477,17 +1477,7 @@ async def force_cancels_what_another_client_wants(client):
         with Gate() as gate:
             mine, theirs = client.submit(gate.through), other.submit(gate.through)
             await all_is_known(other)
-            await client.cancel(mine, force=True)
-            return await error_of(theirs.result)
-
-
-@program("cancel", gives="CancelledError")
-async def a_future_forces_what_another_client_wants(client):
-    async with connect(client.scheduler_info()["address"]) as other:
-        with Gate() as gate:
-            mine, theirs = client.submit(gate.through), other.submit(gate.through)
-            await all_is_known(other)
-            await mine.cancel(force=True)
+            await mine.cancel(force=True)  # Which is client.cancel, of this future.
             return await error_of(theirs.result)
 
 
