@@ -4004,8 +4004,7 @@ class Worker(Body):
         while answers := await asyncio.to_thread(self.next_answers, names):
             for answer in answers:
                 connection.send(answer)
-            if connection.writing:
-                await connection.writing
+            await connection.written()
 
     def next_answers(self, names):
         """What to say of the next of ``names``: of a large value, or of many small ones.
