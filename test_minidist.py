@@ -239,12 +239,6 @@ def test_news_of_an_older_want_is_ignored():
     assert (again.want, again.status) == (2, "pending")
 
 
-def test_a_value_that_rode_along_is_not_fetched():
-    client, x = client_with_x(value=(b"42",))
-    client.stimulus_ask([x])
-    assert (x.status, x.value, sent(client)) == ("finished", (b"42",), [])
-
-
 def test_a_value_is_fetched_only_when_somebody_asks_for_it():
     client, x = client_with_x(value=())
     assert (x.status, sent(client)) == ("finished", [])
@@ -252,22 +246,6 @@ def test_a_value_is_fetched_only_when_somebody_asks_for_it():
     assert sent(client) == [("w", "get-data", {"names": [("x", 5)]})]
     client.stimulus_data("w", "x", 5, "ok", (b"42",))
     assert (x.value, sent(client)) == ((b"42",), [])
-
-
-def test_a_value_that_is_here_is_final():
-    client, x = client_with_x(value=(b"42",))
-    client.stimulus_key_lost(SCHEDULER, "x", 1)
-    client.stimulus_key_erred(SCHEDULER, "x", 1, (b"late",), "", "")
-    client.stimulus_key_cancelled(SCHEDULER, "x", 1, "late")
-    assert (x.status, x.value, sent(client)) == ("finished", (b"42",), [])
-
-
-def test_what_is_submitted_on_a_cancelled_future_is_cancelled_saying_why():
-    client, x = client_with_x()
-    client.stimulus_key_cancelled(SCHEDULER, "x", 1, "its data was lost")
-    y = client.stimulus_submit("y", "inc", (), [x], 0)
-    assert (x.status, y.status, sent(client)) == ("cancelled", "cancelled", [])
-    assert "'x' was cancelled: its data was lost" in y.text
 
 
 # ---- 3. Scheduler mind ----
@@ -335,15 +313,6 @@ def test_a_dependent_waits_until_its_dependency_is_in_memory():
     assert s.states() == {"x": "memory", "y": "processing"}
 
 
-def test_the_client_is_told_where_its_result_is_and_small_values_ride_along():
-    s = Scheduler("w")
-    s.submit("x")
-    sent(s)
-    s.finish("x", nbytes=8, value=(b"42",))
-    fields = dict(key="x", want=1, attempt=1, nbytes=8, type="int", holders=["w"], value=(b"42",))
-    assert sent(s) == [("c", "key-in-memory", fields)]
-
-
 def test_tasks_are_sent_in_the_order_of_their_priorities_then_of_their_submission():
     s = Scheduler()
     for key, priority in [("low", -1), ("a", 0), ("b", 0), ("high", 7)]:
@@ -352,55 +321,11 @@ def test_tasks_are_sent_in_the_order_of_their_priorities_then_of_their_submissio
     assert [key for _, key in s.computing()] == ["high", "a", "b", "low"]
 
 
-def test_a_task_goes_to_the_holder_of_its_input():
-    s = Scheduler("v", "w")
-    for key in "xy":
-        s.submit(key)
-    holders = {key: s.finish(key, nbytes=100_000_000)[0] for key in "xy"}
-    sent(s)
-    for key in "xy":
-        s.submit(f"on {key}", key)
-    assert s.computing() == [(holders["x"], "on x"), (holders["y"], "on y")]
-
-
 def test_short_tasks_are_sent_a_millisecond_deep():
     s = Scheduler("w").measured("f", duration_us=10)
     for n in range(500):
         s.submit(f"x{n}", name="f")
     assert 100 <= len(s.computing()) <= 102
-
-
-def test_without_workers_a_task_has_no_worker_and_runs_when_one_joins():
-    s = Scheduler()
-    s.submit("x")
-    assert s.states() == {"x": "no-worker"}
-    s.stimulus_register_worker("w", "w", 1, [], [])
-    assert s.states() == {"x": "processing"}
-
-
-def test_a_released_result_is_freed_on_every_worker():
-    s = Scheduler("v", "w")
-    s.submit("x")
-    holder, attempt = s.finish("x")
-    other = "w" if holder == "v" else "v"
-    s.stimulus_add_keys(other, [("x", attempt)])
-    sent(s)
-    s.release("x")
-    told = [(peer, op, fields["names"]) for peer, op, fields in sent(s)]
-    assert sorted(told) == [(peer, "free-keys", [("x", 1)]) for peer in "vw"]
-    assert s.states() == {}
-
-
-def test_a_released_input_is_kept_until_its_last_dependent_has_its_value():
-    s = Scheduler("w")
-    s.submit("x")
-    s.submit("y", "x")
-    s.finish("x")
-    s.release("x")
-    assert s.states() == {"x": "memory", "y": "processing"}
-    s.finish("y")
-    assert s.states() == {"x": "released", "y": "memory"}
-    assert sent(s)[-1] == ("w", "free-keys", {"names": [("x", 1)]})
 
 
 def test_a_lost_result_is_computed_again_with_the_inputs_that_were_freed():
@@ -418,61 +343,6 @@ def test_a_lost_result_is_computed_again_with_the_inputs_that_were_freed():
     s.finish("x")
     s.finish("y")
     assert s.states() == {"x": "released", "y": "memory"}
-
-
-def test_two_clients_share_a_task_and_the_last_one_lets_it_go():
-    s = Scheduler("w", clients="cd")
-    s.submit("x", client="c")
-    s.submit("x", client="d")
-    assert len(s.computing()) == 1
-    s.finish("x")
-    assert sorted((peer, op) for peer, op, _ in sent(s)) == [
-        ("c", "key-in-memory"),
-        ("d", "key-in-memory"),
-    ]
-    s.stimulus_client_left("c")
-    assert s.states() == {"x": "memory"}
-    s.release("x", client="d")
-    assert s.states() == {}
-
-
-def test_the_first_call_of_a_key_wins_and_who_comes_with_another_is_warned():
-    s = Scheduler("w")
-    s.submit("x")
-    sent(s)
-    s.stimulus_submit("c", "x", 2, "other", (b"other",), [], 0)
-    assert [op for _, op, _ in sent(s)] == ["warning"]
-
-
-def test_an_abandoned_attempt_runs_to_its_end_and_its_value_is_freed():
-    s = Scheduler("w")
-    s.submit("x")
-    s.release("x")
-    assert s.states() == {} and len(s.workers["w"].processing) == 1
-    s.submit("x", want=2)
-    assert s.states() == {"x": "queued"}  # The abandoned attempt occupies the thread.
-    sent(s)
-    s.stimulus_task_finished("w", 1, 8, "int", 10, (b"old",))
-    assert [(op, fields.get("names", fields.get("attempt"))) for _, op, fields in sent(s)] == [
-        ("free-keys", [("x", 1)]),
-        ("compute-task", 2),
-    ]
-    assert s.states() == {"x": "processing"}
-
-
-def test_an_error_is_told_to_every_dependent_and_forgotten_with_its_last_want():
-    s = Scheduler("w")
-    s.submit("x")
-    s.submit("y", "x")
-    s.submit("z", "y")
-    sent(s)
-    s.stimulus_task_erred("w", 1, (b"boom",))
-    told = {fields["key"]: fields["exception"] for _, op, fields in sent(s) if op == "key-erred"}
-    assert told == dict.fromkeys("xyz", (b"boom",))
-    s.submit("late", "z")
-    assert s.states() == dict.fromkeys(["x", "y", "z", "late"], "erred")
-    s.release("x", "y", "z", "late")
-    assert s.states() == {}
 
 
 # ---- 4. Worker mind ----
@@ -506,43 +376,6 @@ def test_an_attempt_without_inputs_is_ready_at_once_and_ends_with_its_value():
 def test_threads_take_attempts_in_the_order_of_their_priorities():
     w = WorkerByHand().compute(1, priority=5).compute(2, priority=3).compute(3, priority=4)
     assert [w.stimulus_take().number for _ in range(3)] == [2, 3, 1]
-
-
-def test_an_exception_ends_an_attempt():
-    w = WorkerByHand().compute(7)
-    w.stimulus_take()
-    w.stimulus_failed(7, (b"boom",))
-    assert sent(w)[-1] == (SCHEDULER, "task-erred", {"attempt": 7, "exception": (b"boom",)})
-
-
-def test_inputs_are_fetched_from_each_holder_in_one_request():
-    w = WorkerByHand().compute(7, "x", "z")
-    assert sent(w) == [("v", "get-data", {"names": [("x", 1), ("z", 1)]})]
-    w.stimulus_data("v", "x", 1, "ok", (b"1",))
-    assert w.states() == {7: "waiting"}
-    w.stimulus_data("v", "z", 1, "ok", (b"2",))
-    assert w.states() == {7: "ready"}
-    assert sent(w) == [(SCHEDULER, "add-keys", {"names": [("x", 1), ("z", 1)]})]
-
-
-def test_an_input_that_nobody_gives_sends_the_attempt_back():
-    w = WorkerByHand().compute(7, "x", holders=["u", "v"])
-    w.stimulus_data("u", "x", 1, "missing", ())
-    sent(w)
-    w.stimulus_link_lost("v")
-    misses = [("x", 1, ["u", "v"])]
-    assert sent(w) == [(SCHEDULER, "task-returned", {"attempt": 7, "misses": misses})]
-    assert (w.states(), w.needed_by) == ({}, {})
-
-
-def test_a_freed_input_sends_back_what_has_not_started():
-    w = WorkerByHand().compute(7, "x").compute(8, "x", key="z", priority=1)
-    w.stimulus_data("v", "x", 1, "ok", (b"1",))
-    w.stimulus_take()
-    sent(w)
-    w.stimulus_free_keys(SCHEDULER, [("x", 1)])
-    assert w.states() == {7: "executing"}
-    assert sent(w) == [(SCHEDULER, "task-returned", {"attempt": 8, "misses": []})]
 
 
 def test_several_attempts_may_bear_one_key():
