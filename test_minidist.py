@@ -11,7 +11,7 @@ Each test's name is one claim.  The chapters follow those of ``minidist.py``.
           the cluster, the properties, the two drivers, planted bugs, one story in full
     5     Wire
     6     Serialization
-    7-9   The API on a live cluster
+    7-9   The API on a live cluster; twenty programs, as users write them
     12    Command line and processes
           Faults on real sockets and processes
 """
@@ -31,10 +31,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import traceback
 from collections import Counter, deque
+from concurrent.futures import CancelledError
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -68,8 +70,11 @@ from minidist import (
     SchedulerMind,
     Worker,
     WorkerMind,
+    as_completed,
     check_message,
     dumps,
+    fire_and_forget,
+    get_worker,
     loads,
     pack,
     pack_exception,
@@ -1701,12 +1706,6 @@ def on_cluster(test):
 
 
 @on_cluster
-async def test_submit_calls_a_function_with_its_arguments(c, a, b):
-    assert await c.submit(pow, 2, exp=5) == 32
-    assert await c.submit(lambda: "by value").result() == "by value"
-
-
-@on_cluster
 async def test_an_exception_comes_back_as_itself_with_the_frames_of_the_worker(c, a, b):
     f = c.submit(slow_pow, 10, "0.5")
     assert type(await f.exception()) is TypeError
@@ -1734,6 +1733,168 @@ def test_a_random_graph_gives_what_plain_python_gives(kind, nodes):
         assert await c.gather(futures) == values
 
     asyncio.run(run_on(kind, graph))
+
+
+def program(topic, *, gives=None, raises=None, **on_dask):
+    """Make of ``async def claim(client)`` a test for each kind of scheduler: what comes of it.
+
+    Where dask does otherwise, ``on_dask`` says what and why.
+    """
+
+    def enter(run):
+        async def test(c, a, b):
+            with pytest.raises(raises) if raises else contextlib.nullcontext():
+                assert await run(c) == gives
+
+        globals()[f"test_{run.__name__}"] = on_cluster(test)
+        return run
+
+    return enter
+
+
+# -- Twenty programs of the contract --
+#
+# Each is one claim that users may rely on, here and in dask.distributed.  ``tests/contract.py`` has
+# the others.  It takes these by their text, from here to the next chapter, and runs them all in an
+# event loop, without one, and on dask.
+
+
+@program("submit", gives=3)
+async def a_call_has_keyword_arguments(client):
+    return await client.submit(int, "11", base=2).result()
+
+
+@program("submit", gives="slept")
+async def a_coroutine_function_is_a_task(client):
+    return await client.submit(asyncio.sleep, 0, result="slept").result()
+
+
+@program("submit", gives=1)
+async def equal_calls_run_once(client):
+    futures = [client.submit(os.urandom, 8) for _ in range(3)]
+    return len(set(await client.gather(futures)))
+
+
+@program("submit", gives=3)
+async def equal_calls_that_are_not_pure_run_each_time(client):
+    futures = [client.submit(os.urandom, 8, pure=False) for _ in range(3)]
+    return len(set(await client.gather(futures)))
+
+
+@program("submit", gives=False)
+async def a_released_result_is_freed_and_its_call_runs_again(client):
+    future = client.submit(os.urandom, 8)
+    first = await future.result()
+    future.release()
+    while future.key in await client.who_has():
+        pass
+    return await client.submit(os.urandom, 8).result() == first
+
+
+@program("submit", gives=True)
+async def a_worker_is_chosen_by_its_address(client):
+    addresses = list(await client.nthreads())
+    calls = [client.submit(lambda: get_worker().address, workers=a, pure=False) for a in addresses]
+    return await client.gather(calls) == addresses
+
+
+@program("arguments", gives={"a": [(2, {"b": [3]})]})
+async def futures_are_found_in_nested_containers(client):
+    x, y = client.map(abs, [-2, -3])
+    return await client.submit(dict, {"a": [(x, {"b": [y]})]}).result()
+
+
+@program("map", gives=[11, 22])
+async def map_takes_items_from_several_iterables_up_to_the_end_of_the_shortest(client):
+    return await client.gather(client.map(operator.add, [1, 2, 3], (10, 20)))
+
+
+@program("map", gives=(["finished", "error", "finished"], [1.0, 0.5]))
+async def an_item_of_map_fails_alone(client):
+    futures = client.map(operator.truediv, [1, 1, 1], [1, 0, 2])
+    await wait(futures)
+    return [f.status for f in futures], await client.gather(futures, errors="skip")
+
+
+@program("gather", gives={"a": [2, (3, {"b": 2})], "c": [[]]})
+async def gather_keeps_the_shape_of_nested_containers(client):
+    x, y = client.map(abs, [-2, -3])
+    return await client.gather({"a": [x, (y, {"b": x})], "c": [[]]})
+
+
+@program("scatter", gives=({"left": 10, "right": 11}, ["left", "right"]))
+async def the_keys_of_a_scattered_dict_are_the_keys_of_its_futures(client):
+    futures = await client.scatter({"left": 10, "right": 11})
+    return await client.gather(futures), [futures["left"].key, futures["right"].key]
+
+
+@program("scatter", gives=[22, [-22, -22], 22])
+async def a_scattered_future_is_an_argument(client):
+    future = await client.scatter(-22)
+    calls = [client.submit(abs, future), client.submit(list, [future, future])]
+    return await client.gather([*calls, *client.map(abs, [future])])
+
+
+@program("scatter", gives=2)
+async def broadcast_data_is_on_every_worker(client):
+    future = await client.scatter(25, broadcast=True)
+    return len((await client.who_has(future))[future.key])
+
+
+@program("cancel", raises=CancelledError)
+async def what_depends_on_a_cancelled_future_is_cancelled(client):
+    waiting = client.submit(str.upper, "to be cancelled", workers="nobody")
+    dependent = client.submit(len, client.submit(str.split, waiting))
+    await client.cancel(waiting)
+    await dependent.result()
+
+
+@program("retry", gives=("error", None, None))
+async def what_failed_is_run_again(client):
+    folder = tempfile.mktemp()
+    future = client.submit(os.rmdir, folder)
+    await wait(future)
+    os.mkdir(folder)
+    return future.status, await client.retry(future), await future.result()
+
+
+@program("errors", gives=("ZeroDivisionError('division by zero')", "error"))
+async def an_error_is_that_of_all_dependents(client):
+    future = client.submit(sum, [client.submit(abs, client.submit(operator.truediv, 1, 0))])
+    return repr(await future.exception()), future.status
+
+
+@program("as_completed", gives=3)
+async def futures_are_added_while_others_come(client):
+    futures = as_completed([client.submit(abs, 1)], with_results=True)
+    async for future, result in futures:
+        if result < 3:
+            futures.add(client.submit(operator.add, future, 1))
+    return result
+
+
+@program("wait", gives=(True, ["pending"]))
+async def wait_can_wait_for_the_first(client):
+    never, quick = client.submit(abs, -1, workers="nobody"), client.submit(abs, -2)
+    done, not_done = await wait([never, quick], return_when="FIRST_COMPLETED")
+    return done == {quick}, [future.status for future in not_done]
+
+
+@program(
+    "others",
+    dask="not run",
+    differs="dask may lose what is let go before its scheduler knows of it",
+)
+async def what_is_fired_and_forgotten_at_once_runs(client):
+    folder = tempfile.mkdtemp()
+    fire_and_forget(client.submit(os.rmdir, folder))
+    await until(lambda: not os.path.exists(folder))
+
+
+@program("run", gives=(True, [(3, 1), (3, 1)]))
+async def a_function_runs_on_every_worker(client):
+    results = await client.run(divmod, 7, 2)
+    return set(results) == set(await client.nthreads()), list(results.values())
 
 
 # ---- 12. Command line and processes ----
