@@ -1347,12 +1347,17 @@ def digest_of_messages(seeds):
     return hashlib.sha256(repr(messages).encode()).hexdigest()
 
 
-def test_the_same_history_gives_the_same_messages_to_the_byte_in_every_process():
+BY_HASH = """plant(pytest.MonkeyPatch(), SchedulerMind.fill, "ws, _ = self.changed.popitem()",
+    "ws = min(self.changed, key=lambda ws: hash(ws.id)); del self.changed[ws]")"""
+
+
+@pytest.mark.parametrize("bug, is_caught", [("", False), (BY_HASH, True)])
+def test_the_same_history_gives_the_same_messages_to_the_byte_in_every_process(bug, is_caught):
     """*Determinism*: no order depends on addresses or on the randomization of hashes."""
     code = "import test_minidist; print(test_minidist.digest_of_messages(range(8)))"
     with process("-c", code, PYTHONHASHSEED="1") as p, process("-c", code, PYTHONHASHSEED="2") as q:
-        digest, _ = p.communicate()
-        assert len(digest) == 65 and digest == q.communicate()[0]
+        digest, other = p.communicate()[0], q.communicate()[0]
+        assert len(digest) == len(other) == 65 and (digest != other) == is_caught
 
 
 # Planted bugs: a simulation that finds nothing proves nothing, unless it finds these.  Each row:
