@@ -2027,10 +2027,11 @@ async def test_a_worker_that_dies_while_it_serves_three_peers_costs_no_result(c,
 async def test_who_reads_slowly_gets_all_and_keeps_nobody_waiting(c, a, b):
     async with Client(a.scheduler_address, asynchronous=True) as slow:
         slow._scheduler.writer.transport.pause_reading()
-        futures = slow.map(bytes, range(10_000, 10_200))
+        sizes = range(60_000, 60_300)  # In all more than the kernel keeps for who does not read.
+        futures = slow.map(bytes, sizes)
         assert await c.gather(c.map(len, [bytes(n) for n in range(200)])) == list(range(200))
         slow._scheduler.writer.transport.resume_reading()
-        assert [len(value) for value in await slow.gather(futures)] == list(range(10_000, 10_200))
+        assert [len(value) for value in await slow.gather(futures)] == list(sizes)
 
 
 @on_cluster
