@@ -452,16 +452,17 @@ class Cluster:
         # What has happened, for the properties to judge by:
         self.seen = Counter()
         self.log = []  # every message: (sender, receiver, message)
-        self.news = []  # [(client, FutureState)] that changed in this step
+        self.news = []  # [(client, FutureState, its status before)] that changed in this step
         self.known = {}  # {FutureState: (status, value)}, as the news told it
         self.lost = set()  # keys of which a client has heard that their value is lost
         self.vain = []  # [(peer, value, holder)]: who needed a value and did not get it there
         self.excused = set()  # {(peer, holder)}: between whom a link has failed
         self.gone = set()  # workers that died, left, or were taken for dead
+        self.took = {}  # {worker: the keys whose values were there when it went}
         self.taken_along = []  # values that left with a worker though others could have had them
         self.struck = set()  # {(holder, value)}: given up there since somebody did not get it
         self.cancelled = set()  # {(whose want, key)}
-        self.deaths = Counter()  # {key: how many workers died while it was alone there}
+        self.deaths = {}  # {key: the workers that died while it was alone there}
         self.runs, self.allowed = Counter(), Counter()  # {key: how often it ran, and may run}
         self.forgotten = set()  # keys that were fired and forgotten
         self.retried = {}  # {FutureState that its user wanted once more: its exception before}
@@ -658,8 +659,8 @@ class Cluster:
         values = [self.minds[worker].data[name] for name in attempt.inputs]
         self.running[worker][attempt.number] = (attempt, values)
         self.runs[attempt.key] += 1
-        ws = self.minds[SCHEDULER].workers.get(worker)
         self.seen["computed again"] += attempt.key in self.lost
+        ws = self.minds[SCHEDULER].workers.get(worker)
         if ws and (SCHEDULER, worker, "stream") not in self.channels:
             ts, _ = ws.processing[attempt.number]
             self.needless += [attempt] if ts.attempt != attempt.number else []
@@ -699,24 +700,26 @@ class Cluster:
     # Faults.
 
     def fault(self, what, worker):
-        """A worker is lost: what was there, and all that is related to it, may run once more."""
+        """A worker is lost: what was there, and what that is made from, may run once more."""
+        if worker in self.minds:  # (What was silent for too long may have died since.)
+            self.took[worker] = {key for key, _ in self.minds[worker].data}
         if worker in self.gone:
             return  # Of a worker that left, or was silent, its death is no news.
         self.seen[what] += 1
         self.seen["faults"] += 1
         self.gone.add(worker)
-        there = {key for key, _ in self.minds[worker].data}
-        there |= {attempt.key for attempt in self.minds[worker].attempts.values()}
+        touched = {*self.took[worker], *(a.key for a in self.minds[worker].attempts.values())}
         if ws := self.minds[SCHEDULER].workers.get(worker):
-            there |= {ts.key for ts, _ in ws.processing.values()}
-            there |= {ts.key for ts in (*ws.has_what, *ws.arriving.values())}
-        self.allowed.update(self.family(there))
+            touched |= {ts.key for ts, _ in ws.processing.values()}
+            touched |= {ts.key for ts in (*ws.has_what, *ws.arriving.values())}
+        self.allowed.update(self.lineage(*touched))
 
     def blame(self, worker):
         """The scheduler is about to hear of a death: whom it may blame for that."""
         ws = self.minds[SCHEDULER].workers.get(worker)
         if ws and len(ws.processing) == 1 and ws.leaving is None:
-            self.deaths.update([ts.key for ts, _ in ws.processing.values()])
+            for ts, _ in ws.processing.values():
+                self.deaths.setdefault(ts.key, set()).add(worker)
         self.seen["suspects"] += bool(ws and ws.processing and ws.leaving is None)
 
     def a_worker_joins(self, pick=0):
@@ -805,6 +808,7 @@ class Cluster:
                 self.lost.add(message[1])
             if message[0] == "goodbye" and peer in self.running:
                 self.taken_along += self.only_there(peer)
+                self.took[peer] = {key for key, _ in self.minds[peer].data}
             if message[0] not in ("get-data", "put-data"):
                 if peer in self.minds:
                     self.post(id, peer, message)
@@ -814,7 +818,8 @@ class Cluster:
                 self.post(peer, id, None, "answer")
         mind.outbox.clear()
         if id[0] == "c":
-            self.news += [(id, state) for state in mind.news]
+            before = {state: self.known.get(state, ("pending",))[0] for state in mind.news}
+            self.news += [(id, state, status) for state, status in before.items()]
             self.known |= {state: (state.status, state.value) for state in mind.news}
             mind.news.clear()
 
@@ -839,7 +844,7 @@ class Cluster:
             if kind == "stream":
                 self.blame(sender)
             elif sender in self.minds:  # (What was on a dead one was touched by its death.)
-                self.allowed.update(self.family(self.links(sender).get((receiver, sender), ())))
+                self.allowed.update(self.lineage(*self.links(sender).get((receiver, sender), ())))
             lost = "link_lost" if kind == "answer" else f"{role}_left"
             getattr(self.minds[receiver], f"stimulus_{lost}")(sender)
         else:
@@ -1049,31 +1054,36 @@ def honesty(cluster):
 
     A task's own exception is one that the task, or something that it is made from, raises.
     """
-    for client, state in cluster.news:
+    for client, state, _ in cluster.news:
         lineage = cluster.lineage(state.key)
         named = set(re.findall(r"\bw\d+\b", state.text))
-        assert named <= set(cluster.gone) | {holder for _, holder in cluster.excused} | {
-            peer for peer, _ in cluster.excused
-        }, state
+        assert named <= cluster.gone | {end for link in cluster.excused for end in link}, state
+        its_own = ("it was cancelled", "its last future was released")
+        if state.text and not state.text.startswith(its_own):
+            assert any(repr(key) in state.text for key in lineage), state
+        if "was lost" in state.text:
+            lost = [key for worker in named for key in cluster.took.get(worker, ())]
+            assert any(repr(key) in state.text for key in lost if key in lineage), state
         if state.status == "error" and state.exception:
             assert state.exception[0] in expected(cluster, state.key)[1], state
             number = state.exception[0].removeprefix(b"error ")
             at_first = number.isdigit() and cluster.specs[int(number)].fails == "at first"
             assert not (at_first and state.exception == cluster.retried.get(state)), state
         elif state.status == "error" and state.type == "KilledWorker":
-            blamed = [key for key in lineage if cluster.deaths[key] > ALLOWED_FAILURES]
-            assert any(repr(key) in state.text for key in blamed) and named, state
+            blamed = [key for key in lineage if repr(key) in state.text]
+            assert any(named <= cluster.deaths.get(key, set()) for key in blamed), state
+            assert len(named) > ALLOWED_FAILURES, state
         elif state.status == "error":
-            assert "fetch" in state.text and any(repr(k) in state.text for k in lineage), state
+            assert "fetch" in state.text, state
 
 
 def no_live_future_is_cancelled(cluster):
     """A future is cancelled only if somebody cancelled it, or data that it rests on was lost.
 
     (Or let go: then a retry has nothing to compute it from.)  Or something that it is made from was
-    cancelled.  Its message says which of these it was.
+    cancelled.  What is finished does not rest on anything.  Its message says which of these it was.
     """
-    for client, state in cluster.news:
+    for client, state, before in cluster.news:
         if state.status == "cancelled" and state in cluster.held.get(client, ()):
             assert not state.value, state
             lineage = cluster.lineage(state.key)
@@ -1081,7 +1091,7 @@ def no_live_future_is_cancelled(cluster):
             data = [key for key in lineage if cluster.calls[key].name == "data"]
             lost = data and (cluster.seen["faults"] or "which was let go" in state.text)
             assert (by_user and "cancelled" in state.text) or (
-                lost and ("data" in state.text or "was cancelled" in state.text)
+                lost and before != "finished" and re.search("data|was cancelled", state.text)
             ), state
             cluster.seen["lost data"] += "was lost with" in state.text
 
@@ -1178,7 +1188,7 @@ def liveness(cluster):
 def no_needless_run(cluster):
     """A task runs once each time that it is needed and was not, and once for each retry.
 
-    Each fault that touched it, what it is made from or what is made from it allows one run more.
+    Each fault that touched it, or what is made from it, allows one run more.
     """
     assert not cluster.needless
     for key, runs in cluster.runs.items():
@@ -1389,7 +1399,7 @@ SchedulerMind.may_go | self.hand_over(ws) | pass | no_early_free
 SchedulerMind.leave_memory | self.send_name(ws.id, "free-keys", (ts.key, ts.attempt)) | pass | agreement
 SchedulerMind.stimulus_task_finished | self.send_name(worker, "free-keys", (ts.key, attempt)) | 0 | agreement
 SchedulerMind.stimulus_client_left | self.let_go(cs, ts) | pass | the_books_balance
-SchedulerMind.let_go | self.end_arrival(ts, ts.attempt) | pass | liveness
+SchedulerMind.let_go | self.end_arrival(ts, ts.attempt) | pass | the_books_balance
 # A reference is counted twice, or not at all.
 ClientMind.known | state.count += 1 | state.count += 2 | quiescence
 ClientMind.known | state.count += 1 | pass | no_live_future_is_cancelled
@@ -1405,6 +1415,10 @@ SchedulerMind.stimulus_retry | each.error or |  | honesty
 # An innocent is blamed; a suspect does not run alone.
 SchedulerMind.suspect | if blamed: | if True: | honesty
 SchedulerMind.most_load | return EMPTY if | return FREE if | the_books_balance
+# A message does not say which data was lost, with which worker, or which deaths are to blame.
+SchedulerMind.give_up | f"the data {ts.key!r} {how}{ts.why}" | f"data {how}" | honesty
+SchedulerMind.give_up | f"was lost with {ts.lost}" if | "was lost" if | honesty
+SchedulerMind.suspect | '; '.join(ts.deaths) | ts.deaths[0] | honesty
 # A cancel reaches too much.
 SchedulerMind.stimulus_cancel_keys | None if force else cs | None | no_live_future_is_cancelled
 ClientMind.become | if not state.value: | if True: | no_live_future_is_cancelled
@@ -1436,13 +1450,16 @@ def adopt(scheduler, ts, attempt):
 
 
 def is_caught_by(promise):
-    """Whether one of the histories that a test run goes through breaks this very property."""
+    """Whether one of the histories that a test run goes through breaks this very property.
+
+    (And none before it a ``validate``: there are bugs after which all books balance.)
+    """
     for seed in range(HISTORIES):
         try:
             a_deep_history(seed)
         except Broken as broken:
-            if str(broken) == promise:
-                return True
+            if str(broken) in (promise, "the_books_balance"):
+                return str(broken) == promise
         except (AttributeError, LookupError):
             pass  # The bug has broken a mind.  That is no property of the cluster.
     return False
@@ -1477,6 +1494,8 @@ def test_the_story_of_a_reference_that_was_counted_twice(monkeypatch):
     story = re.findall(r"^ {4}(state.*)\n", text, re.M)
     exec("\n".join(story), globals(), {})
     plant(monkeypatch, ClientMind.known, "state.count += 1", "state.count += 2")
+    for step in range(2, len(story) - 1):
+        exec("\n".join(story[:step] + story[step + 1 :]), globals(), {})
     with pytest.raises(Broken, match="^quiescence$"):
         exec("\n".join(story), globals(), {})
 
@@ -1500,8 +1519,6 @@ def test_releases_on_a_stream_of_their_own_are_caught_if_wants_are_not_compared(
 
 
 # ---- 5. Wire ----
-    for step in range(2, len(story) - 1):
-        exec("\n".join(story[:step] + story[step + 1 :]), globals(), {})
 
 keys = st.text() | st.recursive(
     st.tuples(st.text() | st.integers()),
