@@ -125,6 +125,7 @@ LIMITS = {
 }
 
 SCHEDULER = "scheduler"  # the peer, seen from clients and workers
+ANOTHER_CALL = "the key {!r} is known with another call, or other data: that result is used"
 
 # All that is ever said.  A message is a list: its op, then its fields in the order of its line
 # here, and in that order its stimulus takes them, after the peer from which it came.  So to read a
@@ -550,6 +551,7 @@ class FutureState:
 
     key: "str | tuple"
     want: int  # its number: another each time that the key comes to be wanted, or is retried
+    call: int = 0  # a hash of what was submitted, or scattered, first
     status: str = "pending"  # or "finished", "error", "cancelled": the words that users see
     count: int = 1  # live Future objects
     asked: bool = False  # somebody waits for the value, not only for its existence
@@ -587,6 +589,7 @@ class ClientMind(FetchingMind):
         self.futures = {}  # {key: FutureState}: what is wanted now
         self.puts = {}  # {FutureState: (worker, attempt)}: where its data is being put
         self.news = []  # FutureStates that changed: its body wakes those who wait for them
+        self.warnings = []  # texts, for the user
 
     def stimulus_submit(
         self, key, name, run_spec, inputs, priority, workers=(), loose=False, retries=0
@@ -601,9 +604,10 @@ class ClientMind(FetchingMind):
         future.  One that the scheduler is just cancelling looks wanted here; the scheduler finds
         that by the want's number, and cancels this task too.
         """
-        if state := self.known(key):
+        call = hash(run_spec)
+        if state := self.known(key, call):
             return state
-        state = FutureState(key, self.next_number())
+        state = FutureState(key, self.next_number(), call)
         for i in inputs:
             if self.futures.get(i.key) is not i:
                 # Cancelled inputs have left the table: nothing can be computed from them.
@@ -623,7 +627,8 @@ class ClientMind(FetchingMind):
         bytes do not travel with this message: they go to a worker, and the scheduler's stream
         stays short.  Returns the FutureState.
         """
-        if state := self.known(key):
+        call = hash(data[:1])  # (Of large data not even its buffers are compared.)
+        if state := self.known(key, call):
             if broadcast and state.status != "error":
                 # It may be on one worker only.  That is a new want: should it have been lost or
                 # cancelled meanwhile, then this client gives it once more; of what is here, the
@@ -633,7 +638,7 @@ class ClientMind(FetchingMind):
                 self.become(state, "pending")
                 self.send(SCHEDULER, "scatter", key, state.want, nbytes, type, workers, True)
             return state
-        self.futures[key] = state = FutureState(key, self.next_number(), data=data)
+        self.futures[key] = state = FutureState(key, self.next_number(), call, data=data)
         self.send(SCHEDULER, "scatter", key, state.want, nbytes, type, workers, broadcast)
         return state
 
@@ -783,11 +788,13 @@ class ClientMind(FetchingMind):
         self.fetching.pop((key, state.attempt), None)
         return state
 
-    def known(self, key):
+    def known(self, key, call):
         """The state of a key that is wanted already, with one more reference; or None."""
         state = self.futures.get(key)
         if state is not None:
             state.count += 1
+            if state.call != call:
+                self.warnings.append(ANOTHER_CALL.format(key))
         return state
 
     def let_go(self, state, text, kept=""):
@@ -1100,8 +1107,7 @@ class SchedulerMind(Mind):
             dependencies = {self.tasks[input_key]: None for input_key, _ in inputs}
             ts = self.new_task(key, name, run_spec, dependencies, priority, *options)
         elif ts.run_spec != run_spec and not ts.why:  # (Else its call is not known any more.)
-            text = f"the key {key!r} is known with another call: that one's result is used"
-            self.send(client, "warning", text)
+            self.send(client, "warning", ANOTHER_CALL.format(key))
         self.want(cs, ts, want)
         self.settle()
 
@@ -4532,6 +4538,9 @@ class Client(Threaded, Body):
         if self._inbox:
             self.wake()
         super().flush()
+        for text in self.state.warnings:
+            logger.warning("%s", text)
+        self.state.warnings.clear()
         news, self.state.news = self.state.news, []
         for state in news:
             for called, value in self._watchers.pop(state, {}).items():

@@ -185,6 +185,14 @@ def test_releases_in_a_row_travel_in_one_message():
     assert sent(client) == [(SCHEDULER, "release-keys", {"names": [("x", 1), ("y", 2)]})]
 
 
+def test_another_call_under_a_wanted_key_is_a_warning():
+    client, x = client_with_x()
+    assert client.stimulus_submit("x", "inc", (b"spec",), [], 0) is x and client.warnings == []
+    assert client.stimulus_submit("x", "inc", (b"other",), [], 0) is x
+    assert client.stimulus_scatter("x", (b"data",), 8, "int", [], False) is x
+    assert ["'x' is known with another" in text for text in client.warnings] == [True, True]
+
+
 def test_an_error_that_was_fetched_is_final_too():
     client, x = client_with_x(value=())
     client.stimulus_ask([x])

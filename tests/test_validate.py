@@ -196,7 +196,7 @@ def changes_of_a_table(table, others):
 NEITHER = {  # {reason: fields}
     "it waits to be sent, or to be read": """
         SchedulerMind.outbox ClientMind.outbox WorkerMind.outbox ClientMind.news
-        SchedulerMind.news""",
+        SchedulerMind.news ClientMind.warnings""",
     "it tells what has happened, which leaves no trace elsewhere": """
         SchedulerMind.story ClientMind.story WorkerMind.story SchedulerMind.durations SchedulerMind.losses
         ClientMind.dead WorkerMind.dead TaskState.misses TaskState.deaths
@@ -209,7 +209,7 @@ NEITHER = {  # {reason: fields}
     "it is what a peer or a user said": """
         TaskState.name TaskState.priority TaskState.run_spec TaskState.restrictions
         TaskState.loose TaskState.retries TaskState.type WorkerState.name WorkerState.nthreads
-        FutureState.nbytes FutureState.type FutureState.holders FutureState.data
+        FutureState.nbytes FutureState.type FutureState.holders FutureState.data FutureState.call
         Attempt.key Attempt.name Attempt.run_spec Attempt.priority Attempt.wanted Attempt.told""",
     "its other side is not in this mind: a user's objects, a thread, the scheduler": """
         ClientMind.futures ClientMind.puts FutureState.count WorkerMind.attempts
