@@ -2962,7 +2962,7 @@ class Pickler(cloudpickle.Pickler):
             return typing.NewType, (obj.__name__, obj.__supertype__), vars(obj)
         builtin = isinstance(type(obj).__reduce__, types.MethodDescriptorType)
         if builtin and isinstance(obj, BaseException):
-            return make_exception, obj.__reduce__()
+            return make_exception, (*obj.__reduce__(), object.__getstate__(obj))
         reduced = super().reducer_override(obj)
         if isinstance(obj, type) and isinstance(reduced, tuple) and vars(obj).get("__slots__"):
             # (Without them its objects would have a dict there, for which they have no place here.)
@@ -2980,16 +2980,21 @@ def memoized(func, parameters):
 MEMOIZED = type(memoized(len, {}))
 
 
-def make_exception(kind, args, state=None):
-    """An exception as it was: what its class did with other arguments has left its traces."""
+def make_exception(kind, args, *states):
+    """An exception as it was: what its class did with other arguments has left its traces.
+
+    Each of ``states`` is what it has in its dict, or this and what it has in its slots.
+    """
     builtin = next(base for base in kind.__mro__ if base.__module__ == "builtins")
     try:
         error = builtin.__new__(kind, *args)
         builtin.__init__(error, *args)
     except TypeError:  # They are for its own ``__new__``: as those of most kinds of groups are.
         error = kind(*args)
-    for name, value in (state or {}).items():
-        object.__setattr__(error, name, value)  # Also in a frozen dataclass.
+    for state in states:
+        for some in state if type(state) is tuple else (state,):
+            for name, value in (some or {}).items():
+                object.__setattr__(error, name, value)  # Also in a frozen dataclass.
     return error
 
 
@@ -3123,10 +3128,11 @@ def unique():
 
 def check_key(key):
     """A key is a string, or a tuple of strings, numbers and tuples; anything else a TypeError."""
-    try:
-        return to_key(json.loads(json.dumps(key if isinstance(key, (str, tuple)) else None)))
-    except (TypeError, ValueError, RecursionError):
-        raise TypeError(f"a key is a string or a tuple, not {key!r:.80}") from None
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        same = to_key(json.loads(json.dumps(key if isinstance(key, (str, tuple)) else None)))
+        if same == key:  # Else it holds what JSON makes something else of: a list, or no number.
+            return same
+    raise TypeError(f"a key is a string or a tuple, not {key!r:.80}")
 
 
 class RemoteError(Exception):
@@ -3783,7 +3789,8 @@ class Worker(Body):
         super().__init__(WorkerMind())
         split_address(scheduler_address)
         self.scheduler_address, self.timeout = scheduler_address, seconds(timeout)
-        self.nthreads, self.name = whole("nthreads", nthreads or os.cpu_count() or 1, least=1), name
+        nthreads = (os.cpu_count() or 1) if nthreads is None else nthreads
+        self.nthreads, self.name = whole("nthreads", nthreads, least=1), name
         self.lock = threading.Condition()  # Threads take attempts; they wait for a ready one.
         self.scheduler = None  # the Connection
         self.ticking = self.closed = False
@@ -4106,13 +4113,13 @@ class Future(Shown):
         self._state = None  # the FutureState, as soon as the client's loop has read its inbox
         self._live = [None]  # popped once, by whoever releases it: list.pop is atomic
 
-    def _known(self):
+    def _known(self, timeout=None):
         """Its state; to have one, the loop has to act on what was posted so far.
 
         For an asynchronous client's loop nobody can wait here: until then, it is pending.
         """
         if self._state is None and not self.client.asynchronous:
-            self.client._run(self.client._catch_up())
+            self.client._run(self.client._catch_up(), timeout)
         return self._state or FutureState(self.key, 0)
 
     @property
@@ -4181,8 +4188,8 @@ class Future(Shown):
         """As ``Client.retry``."""
         return self.client.retry([self])
 
-    def add_done_callback(self, function):
-        """Call ``function(future)`` in a thread for callbacks, as soon as it is done.
+    def add_done_callback(self, fn):
+        """Call ``fn(future)`` in a thread for callbacks, as soon as it is done.
 
         Returns at once.  If the future is done already, it is called soon.
         What it raises is logged.  All callbacks of this process share one thread, which is not the
@@ -4191,7 +4198,7 @@ class Future(Shown):
 
         def call():
             try:
-                function(self)
+                fn(self)
             except Exception:
                 logger.exception("A callback of %r failed", self)
 
@@ -4247,9 +4254,11 @@ class Future(Shown):
         return resolve, (self.key,)
 
     def _facts(self):
-        status = self._state.status if self._state else "pending"
-        kind = [f"type: {self._state.type}"] if status == "finished" else []
-        return [status, *kind, f"key: {self.key}"]
+        state = FutureState(self.key, 0)
+        with contextlib.suppress(OSError, RuntimeError):  # In the loop, nobody can wait.
+            state = self._known(timeout=1)
+        kind = [f"type: {state.type}"] if state.status == "finished" else []
+        return [state.status, *kind, f"key: {self.key}"]
 
 
 @functools.cache
@@ -4294,7 +4303,9 @@ def to_be_raised(error):
         stop = RuntimeError(f"the task raised {type(error).__name__}")
         stop.__cause__ = error
         return stop
-    return error or RuntimeError("it was retried just now: wait for it again")
+    if error is None:
+        return RuntimeError("it was retried just now: wait for it again")
+    return error
 
 
 def failure(state):
@@ -4980,7 +4991,8 @@ class Client(Threaded, Body):
         gets the Worker.  ``on_error`` is "raise", "return" (the exception in the result's place)
         or "ignore" (no result of that worker).  All workers are waited for; then the first
         exception is raised.  It is ConnectionError for a worker that cannot be reached.  Raises
-        TypeError for a future among the arguments, or for what cannot be pickled.
+        ValueError if no worker is called so, TypeError for a future among the arguments, or for
+        what cannot be pickled.
 
         For a look at the workers' processes, or to prepare them: it takes no thread from tasks,
         and workers that come later know nothing of it.
@@ -4994,6 +5006,8 @@ class Client(Threaded, Body):
 
         async def run():
             rows = await self._ask("workers", names_of(workers))
+            if workers and not rows:
+                raise ValueError(f"there is no worker called {workers!r}")
             questions = [self._question(row["id"], "run", run_spec) for row in rows.values()]
             answers = await asyncio.gather(*questions, return_exceptions=True)
             return list(zip(rows, answers, strict=True))
@@ -5064,15 +5078,15 @@ def leaves_of(obj):
 
 
 def rebuild(obj):
-    """Nested containers with values in the place of futures.
+    """Nested containers with values in the place of futures; of other types they stay as they are.
 
     Those that failed are left out of lists; elsewhere they become None.
     """
     if isinstance(obj, Future):
         return None if failed(obj._state) else outcome(obj._state)
-    if isinstance(obj, dict):
+    if type(obj) is dict:
         return {key: rebuild(value) for key, value in obj.items()}
-    if isinstance(obj, (list, tuple, set, frozenset)):
+    if type(obj) in (list, tuple, set, frozenset) or hasattr(type(obj), "_make"):
         gone = Future if isinstance(obj, list) else ()
         items = [rebuild(i) for i in obj if not (isinstance(i, gone) and failed(i._state))]
         return getattr(obj, "_make", type(obj))(items)  # (A namedtuple has ``_make``.)
@@ -5376,7 +5390,9 @@ class LocalCluster(Threaded):
         self, n_workers=None, threads_per_worker=None, processes=True, asynchronous=False, **options
     ):
         cores = os.cpu_count() or 1
-        threads = threads_per_worker and whole("threads_per_worker", threads_per_worker, least=1)
+        threads = threads_per_worker
+        if threads is not None:
+            threads = whole("threads_per_worker", threads, least=1)
         if n_workers is None:
             n_workers = max(1, cores // (threads or 1)) if processes else 1
         self.n_workers, self.processes = whole("n_workers", n_workers, least=0), processes
@@ -5624,19 +5640,23 @@ async def run_scheduler(options):
 
 
 async def run_replay(options):
-    number, before = 1, {}
+    number, before, known = 1, {}, not options.key
     for number, line, mind in replay(options.file, validate=not options.quick):
         now = facts(mind.tasks[options.key]) if options.key in mind.tasks else {}
         if now != before:
             print(f"line {number}: {line.strip():.1000}")
             for field in [f for f in {**before, **now} if before.get(f) != now.get(f)]:
                 print(f"    {field}: {before.get(field)} -> {now.get(field)}")
-        before = now
+        before, known = now, known or bool(now)
         if number == options.until:
             for record in (*mind.tasks.values(), *mind.workers.values(), *mind.clients.values()):
                 print(type(record).__name__, facts(record))
             break
         await asyncio.sleep(0)  # Ctrl-C is heard.
+    if not known:
+        raise ValueError(
+            f"{options.file}: there is no task {options.key!r} in these {number} lines"
+        )
     checked = "" if options.quick else ", and every invariant holds"
     print(f"{number} lines: the messages are those that were recorded{checked}")
 

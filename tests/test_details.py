@@ -60,6 +60,7 @@ from test_minidist import (  # noqa: F401
     plain,
     process,
     read,
+    run_on,
     scheduler,
     slow_pow,
     some_batches,
@@ -146,19 +147,33 @@ class Frozen(Exception):
     second: int
 
 
+class Slotted(Exception):
+    __slots__ = ("second", "never_set")
+
+    def __init__(self, second):
+        super().__init__("the text")
+        self.second, self.beside = second, "in its dict"
+
+
 LARGE_VALUE = pickle.PickleBuffer(bytearray(100_000))
 
 
 @pytest.mark.parametrize(
     "error",
-    [NeedsTwo("it", 2), NeedsFile("there", 2), NeedsTwo("it", LARGE_VALUE), Frozen(bytes(2))],
-    ids=["its own", "a file's", "with an array", "frozen"],
+    [
+        pytest.param(NeedsTwo("it", 2), id="its own"),
+        pytest.param(NeedsFile("there", 2), id="a file's"),
+        pytest.param(NeedsTwo("it", LARGE_VALUE), id="with an array"),
+        pytest.param(Frozen(bytes(2)), id="frozen"),
+        pytest.param(Slotted(2), id="with slots"),
+    ],
 )
 def test_an_exception_comes_back_as_it_was_whatever_its_class_takes_to_make_one(error):
     got = unpack_exception(pack_exception(error))
     assert (type(got), str(got), got.args) == (type(error), str(error), error.args)
     assert len(bytes(got.second)) == len(bytes(error.second))
-    assert getattr(got, "filename", None) == getattr(error, "filename", None)
+    for name in ("filename", "beside"):
+        assert getattr(got, name, None) == getattr(error, name, None)
     (one, *_) = unpack_exception(pack_exception(ExceptionGroup("all", [error]))).exceptions
     assert (type(one), one.args) == (type(error), error.args)
 
@@ -273,6 +288,46 @@ async def test_the_first_call_of_a_key_wins(c, a, b):
     assert await c.gather([first, second]) == [1, 1]
 
 
+def test_who_uses_a_key_for_something_else_is_warned(caplog):
+    async def test(c, a, b):
+        one, same = c.submit(abs, -1, key="k"), c.submit(abs, -1, key="k")
+        data, again = await c.scatter({"d": 1}), await c.scatter({"d": 1}, broadcast=True)
+        assert await c.gather([one, same, data["d"], again["d"]]) == [1, 1, 1, 1]
+        assert caplog.messages == []
+        others = [c.submit(abs, -2, key="k"), (await c.scatter({"d": 2}))["d"]]
+        assert await c.gather(others) == [1, 1]
+        said = [text.partition(" is known with another")[0] for text in caplog.messages]
+        assert said == ["the key 'k'", "the key 'd'"]
+
+    asyncio.run(run_on("in this process", test))
+
+
+@on_cluster
+async def test_gather_leaves_as_they_are_containers_that_are_not_the_builtin_ones(c, a, b):
+    class Two(list):
+        def __init__(self, one, two):
+            super().__init__([one, two])
+
+    x, counts, two = c.submit(abs, -1), collections.Counter("aab"), Two(1, 2)
+    got = await c.gather([x, counts, two, sys.version_info, {"x": x, "counts": counts}])
+    assert got == [1, counts, [1, 2], sys.version_info, {"x": 1, "counts": counts}]
+    assert got[1] is got[4]["counts"] is counts and got[2] is two
+
+
+@on_cluster
+async def test_an_exception_that_counts_as_false_is_raised_like_any_other(c, a, b):
+    class NoneFound(Exception):
+        def __len__(self):
+            return 0
+
+    def check():
+        raise NoneFound("the text")
+
+    for call in (c.submit(check).result, functools.partial(c.run, check, workers="a")):
+        with pytest.raises(NoneFound, match="the text"):
+            await call()
+
+
 @on_cluster
 async def test_an_input_is_kept_for_the_task_that_needs_it(c, a, b):
     x = c.submit(through, 0, 1)
@@ -320,6 +375,8 @@ async def test_bad_calls_are_refused_at_the_call(c, a, b):
     for bad in [
         lambda: c.submit(5),
         lambda: c.submit(abs, 1, key=5),
+        lambda: c.submit(abs, 1, key=("x", [1])),
+        lambda: c.submit(abs, 1, key=("x", math.nan)),
         lambda: c.submit(abs, 1, priority="high"),
         lambda: c.submit(abs, 1, workers="a", allow_other_workers=["b"]),
         lambda: c.scatter(1, broadcast=2),
@@ -334,6 +391,13 @@ async def test_bad_calls_are_refused_at_the_call(c, a, b):
     ]:
         with pytest.raises((TypeError, ValueError)):
             bad()
+
+
+@on_cluster
+async def test_run_on_nobody_is_refused(c, a, b):
+    with pytest.raises(ValueError, match="there is no worker called 'nobody'"):
+        await c.run(abs, 1, workers="nobody")
+    assert await c.run(abs, 1, workers=[]) == {}
 
 
 @on_cluster
@@ -455,6 +519,14 @@ def test_a_data_connection_reaches_only_the_worker_process_that_it_means():
                 await minidist.Connection().connect(a.address, "client", f"{a.address}#another")
 
     asyncio.run(main())
+
+
+def test_a_future_of_a_known_task_looks_like_what_it_is_at_once(scheduler):
+    with process(SCRIPT, "worker", scheduler.address), Client(scheduler.address) as c:
+        first = c.submit(abs, -1)
+        wait(first)
+        looks = [repr(c.submit(abs, -1)) for _ in range(20)]
+        assert looks == [f"<Future: finished, type: int, key: {first.key}>"] * 20
 
 
 def test_a_synchronous_client_serves_many_threads(scheduler):
@@ -1510,6 +1582,7 @@ async def test_a_size_that_makes_no_sense_is_not_believed(c, a, b):
         ({"n_workers": -1}, ValueError, "n_workers=-1 is too small"),
         ({"n_workers": "2"}, TypeError, "n_workers='2' is no whole number"),
         ({"threads_per_worker": -2, "processes": False}, ValueError, "threads_per_worker=-2"),
+        ({"threads_per_worker": 0}, ValueError, "threads_per_worker=0 is too small"),
         ({"threads_per_worker": "two"}, TypeError, "threads_per_worker='two' is no whole"),
     ],
 )
@@ -1520,8 +1593,9 @@ def test_a_number_of_workers_or_threads_that_cannot_be_is_refused_at_the_call(
         Client(**options)
     with pytest.raises(error, match=words):
         minidist.LocalCluster(asynchronous=True, **options)
-    with pytest.raises(ValueError, match="nthreads=-1 is too small"):
-        Worker("127.0.0.1:8786", nthreads=-1)
+    for nthreads in (-1, 0):
+        with pytest.raises(ValueError, match=f"nthreads={nthreads} is too small"):
+            Worker("127.0.0.1:8786", nthreads=nthreads)
 
 
 @on_cluster
