@@ -1018,6 +1018,7 @@ class ClientState:
 # How loaded a worker is: it runs nothing; it has a free thread; its threads are busy, but with so
 # little that more may be sent; it has enough; it takes no more.
 EMPTY, FREE, ROOM, FULL, LEAVING = range(5)
+GIVEN_UP = "CancelledError"  # the kind of an error that is a cancel: data was lost
 UNFINISHED = ("waiting", "queued", "no-worker", "processing")
 
 
@@ -1056,7 +1057,6 @@ class SchedulerMind(Mind):
         self.workers = {}  # {id: WorkerState}
         self.clients = {}  # {id: ClientState}
         self.queue = HeapSet()  # runnable tasks that any worker may take
-        self.hopeless = {}  # an ordered set of lost data, for which nobody should wait
         self.unrunnable = {}  # an ordered set of the tasks in "no-worker"
         # Every worker stands in the set of its load.  (OrderedDict: its first is found at once,
         # however many were taken out before it; in a dict they would be passed over each time.)
@@ -1169,7 +1169,7 @@ class SchedulerMind(Mind):
         for key, want in names:
             if ts := self.wanted_by(cs, key, want):
                 text = f"{key!r} was cancelled by {client}"
-                self.cancel(ts, "dependents", text, only=None if force else cs)
+                self.cancel(ts, text, only=None if force else cs)
         self.settle()
 
     def stimulus_retry(self, client, key, want):
@@ -1515,10 +1515,9 @@ class SchedulerMind(Mind):
             return "memory"
         if ts.processing_on:
             return "processing"  # Only the end of its attempt changes that.
-        if ts.state not in ("waiting", "queued", "no-worker") or ts.waiting_on:
-            return "waiting"
-        if not (ts.run_spec or ts.givers):
-            return "waiting"  # Lost data: those who want it are being told.
+        waits = ts.state in ("waiting", "queued", "no-worker")
+        if not waits or ts.waiting_on or not (ts.run_spec or ts.givers):
+            return "waiting"  # (For nothing, if it is data that nobody gives: see ``give_up``.)
         if not self.allowed(ts):
             return "no-worker"
         return "queued" if ts.run_spec else "processing"
@@ -1531,9 +1530,6 @@ class SchedulerMind(Mind):
         """
         while True:
             super().settle()
-            if self.hopeless:
-                self.give_up(self.hopeless.popitem()[0])
-                continue
             self.fill()
             ws = self.may_go() if self.by_load[LEAVING] else None
             if ws is None:
@@ -1738,8 +1734,9 @@ class SchedulerMind(Mind):
             if dependency.error:
                 ts.error = dependency.error
             self.mark(dependency)
+        # Nobody makes this data, and nobody gives it any more.
         if not (ts.run_spec or ts.givers):
-            self.hopeless[ts] = None
+            self.give_up(ts)
 
     def leave_waiting(self, ts):
         """All inputs are there; or it has failed, or nobody needs it.  It waits on nothing."""
@@ -1848,12 +1845,15 @@ class SchedulerMind(Mind):
             self.send(cs.id, "key-lost", ts.key, cs.wants_what[ts])
 
     def enter_erred(self, ts):
-        """It failed, or a dependency did and gave it its exception: so does whoever waits."""
+        """It failed, or a dependency did and gave it its exception: so does whoever waits.
+
+        One that is processing has fetched what was lost since, or will return and fail.  But if
+        it is lost data that was given up, nobody is left waiting for it: so it can be forgotten.
+        """
         self.stop_needing(ts)
         ts.attempt = 0
         for dependent in ts.waiters:
-            # (One that is processing has fetched what was lost since, or will return and fail.)
-            if dependent.state != "processing":
+            if dependent.state != "processing" or ts.error[1] == GIVEN_UP:
                 dependent.error = ts.error
                 self.mark(dependent)
         for cs in list(ts.who_wants):
@@ -1937,40 +1937,34 @@ class SchedulerMind(Mind):
             if asked:
                 self.end_arrival(ts, ts.attempt)
 
-    def cancel(self, ts, relation, text, only=None):
-        """Let clients go of ``ts`` and of all that is in ``relation`` to it, or one client only.
-
-        ``relation`` is "dependents" for a user's cancel: what was made from it is cancelled, too.
-        Where data is lost it is "waiters": what has its value already is not touched by the loss.
-        """
+    def cancel(self, ts, text, only=None):
+        """Let clients, or ``only`` one, go of ``ts`` and of all that was to be made from it."""
         found, seen = [ts], {ts}
         for each in found:  # It grows meanwhile.
             for cs in [cs for cs in each.who_wants if only in (None, cs)]:
                 self.send(cs.id, "key-cancelled", each.key, cs.wants_what[each], text)
                 self.let_go(cs, each)
-            more = [other for other in getattr(each, relation) if other not in seen]
+            more = [other for other in each.dependents if other not in seen]
             seen.update(more)
             found += more
 
     def give_up(self, ts):
         """Data that nobody has is lost for good, and with it whatever waits for it.
 
-        (That is known only when all has settled: what has lost its value in the same moment begins
-        to wait as well, for it or for what waits for it.)
-
         There is no call that makes it, and no client that gives it any more (``givers`` is empty
         from the moment when it was in memory: a client keeps no copy of all that it ever
-        scattered).  So all wants that need it end, and say with which worker it was lost.  When
-        nobody wants what waits for it, it has no waiters, and is forgotten like any other data.
+        scattered).  So it has failed, and that spreads like any other error.  But no call has
+        raised, and a retry would be of no use: so all wants that need it end (``tell``).  What has
+        its value already is not touched by the loss.  When nobody wants what waited for it, it has
+        no waiters, and is forgotten like any other data.
 
         How it was lost is kept for a while, for the submits that cross that news.
         """
-        if ts.state == "waiting":  # Else nobody needs it, and it is forgotten.
-            how = "cannot be computed again" if ts.why else "could not be put on any worker"
-            how = f"was lost with {ts.lost}" if ts.lost else how
-            text = self.losses[ts.key] = f"the data {ts.key!r} {how}{ts.why}"
-            forget_oldest(self.losses)
-            self.cancel(ts, "waiters", text)
+        how = "cannot be computed again" if ts.why else "could not be put on any worker"
+        how = f"was lost with {ts.lost}" if ts.lost else how
+        text = self.losses[ts.key] = f"the data {ts.key!r} {how}{ts.why}"
+        forget_oldest(self.losses)
+        ts.error = ((), GIVEN_UP, text)
 
     def stop_needing(self, ts):
         """It is unfinished no longer: its dependencies may not be needed any more."""
@@ -2198,6 +2192,9 @@ class SchedulerMind(Mind):
         want = cs.wants_what[ts]
         if cs is self.keeper and ts.state in ("memory", "erred"):
             self.let_go(cs, ts)
+        elif ts.state == "erred" and ts.error[1] == GIVEN_UP:
+            self.send(cs.id, "key-cancelled", ts.key, want, ts.error[2])
+            self.let_go(cs, ts)
         elif ts.state == "erred":
             self.send(cs.id, "key-erred", ts.key, want, *ts.error)
         elif ts.state == "memory" and ts.who_has and not ts.copying:
@@ -2217,7 +2214,7 @@ class SchedulerMind(Mind):
 
     def validate(self):
         """Assert every invariant.  Slow by design: a live process does so only when asked to."""
-        assert not (self.marked or self.changed or self.hopeless)
+        assert not (self.marked or self.changed)
         tasks, workers = self.tasks.values(), self.workers.values()
         for ts in tasks:
             self.validate_task(ts)
