@@ -943,14 +943,15 @@ class TaskState:
     # In "queued" only: where it waits, and (in a worker's queue) how long it is expected to run.
     queue: "HeapSet | None" = None
     estimate_us: int = 0
-    # In "processing" only.  Transpose: WorkerState.processing, and for data WorkerState.arriving.
+    # In "processing" only.  Transpose: WorkerState.processing, but for data, which takes no thread.
     processing_on: "WorkerState | None" = None
     # In "processing" and "memory": the attempt that makes, or made, its value.  Elsewhere 0, so
     # that no attempt that is still under way can be taken for the current one.
     attempt: int = 0
+    # In "processing", the attempt to put data on a worker; in "memory", those to copy a value.
+    arriving: "dict[int, WorkerState] | tuple[()]" = ()  # transpose: WorkerState.arriving
     # In "memory" only:
     who_has: "dict[WorkerState, None] | tuple[()]" = ()  # transpose: WorkerState.has_what
-    copying: "dict[int, WorkerState] | tuple[()]" = ()  # transpose: WorkerState.arriving
     targets: "list[WorkerState] | tuple[()]" = ()  # which workers will be sent copies after those
     nbytes: int = 0  # (both are known of data before, and are kept when a value is lost)
     type: str = ""
@@ -984,7 +985,7 @@ class WorkerState:
     seen_us: int  # when it gave its last sign of life
     # Attempts sent and not ended, abandoned ones too: they occupy its threads all the same.
     processing: dict  # {attempt: (TaskState, duration_us)}
-    arriving: dict  # {attempt: TaskState}: data that a client puts there, copies that it fetches
+    arriving: dict  # {attempt: TaskState}: puts and copies; transpose: TaskState.arriving
     has_what: dict  # an ordered set of TaskStates; transpose: TaskState.who_has
     queue: "HeapSet | None" = None  # what waits for this very worker
     nbytes: int = 0  # sum over has_what
@@ -1139,7 +1140,7 @@ class SchedulerMind(Mind):
         Else another attempt asks for it again; after some, the next client that has the data.
         """
         ts = self.tasks.get(key)
-        if ts is not None and ts.attempt == attempt and ts.state == "processing":
+        if ts is not None and attempt in ts.arriving:
             ts.misses += 1
             if ts.misses > ALLOWED_FAILURES:
                 ts.misses = 0
@@ -1235,7 +1236,7 @@ class SchedulerMind(Mind):
         # Otherwise it was let go meanwhile; or lost or made again, and that notice is under way.
         if ts is not None and ts.state == "memory" and ts.attempt == attempt:
             self.strike(ts, holders)
-            if ts.copying or not ts.stuck:
+            if ts.arriving or not ts.stuck:
                 self.tell(cs, ts)  # While copies are under way, after the last of them.
             elif ts.misses > ALLOWED_FAILURES:
                 text = f"{key!r} could not be fetched from {', '.join(holders)}"
@@ -1472,17 +1473,15 @@ class SchedulerMind(Mind):
         ws = self.workers[worker]
         for key, attempt in names:
             ts = self.tasks.get(key)
-            if ts is not None and ts.attempt == attempt and ts.state == "memory":
-                self.add_replica(ts, ws)
-            elif ts is not None and ws.arriving.get(attempt) is ts:
+            if ts is None or ts.attempt != attempt:  # Let go or lost meanwhile.
+                self.send_name(worker, "free-keys", (key, attempt))
+                continue
+            self.add_replica(ts, ws)
+            if attempt in ts.arriving:  # A put.
                 broadcast, ts.givers = any(ts.givers.values()), ()
                 self.end_arrival(ts, attempt)
-                self.add_replica(ts, ws)
                 if broadcast:
                     self.copy_everywhere(ts)
-            else:
-                # Let go or lost meanwhile.
-                self.send_name(worker, "free-keys", (key, attempt))
         self.settle()
 
     # What a task should be, and where.
@@ -1557,7 +1556,7 @@ class SchedulerMind(Mind):
     def may_go(self):
         """A worker that leaves, and of which nothing is being copied any more, or None."""
         for ws in self.by_load[LEAVING]:
-            while ws.leaving and not ws.leaving[-1].copying:
+            while ws.leaving and not ws.leaving[-1].arriving:
                 ws.leaving.pop()  # The copy is there; or it failed, or is not needed any more.
             # Others may have come or gone since it was last looked at what only this one has.
             if not ws.leaving:
@@ -1834,7 +1833,7 @@ class SchedulerMind(Mind):
             self.send_name(ws.id, "free-keys", (ts.key, ts.attempt))
             self.remove_replica(ts, ws)
         ts.targets = ()
-        for attempt in list(ts.copying):
+        for attempt in list(ts.arriving):
             self.end_arrival(ts, attempt)
         for dependent in ts.waiters:
             if dependent.state != "processing":
@@ -2051,7 +2050,7 @@ class SchedulerMind(Mind):
         and perhaps another worker.  So what comes late of the old one is stale, and freed.
         """
         ts.processing_on = ws = self.next_holder(self.allowed(ts).__contains__)
-        ws.arriving[ts.attempt] = ts
+        ts.arriving, ws.arriving[ts.attempt] = {ts.attempt: ws}, ts
         cs = next(iter(ts.givers))
         self.send(cs.id, "put", ts.key, cs.wants_what[ts], ts.attempt, ws.id)
 
@@ -2060,13 +2059,12 @@ class SchedulerMind(Mind):
 
         For a broadcast, for a worker that leaves, for a client that cannot reach the only holder.
         To the worker it is like any other attempt, so it fetches, misses and returns it with what
-        is there for all.  Here it is in no books but ``copying`` and ``arriving``: the task is in
-        memory, and stays there whether the copy comes or not.
+        is there for all.  Here it is in no books but ``arriving``: the task is in memory, and stays
+        there whether the copy comes or not.
         """
         attempt = self.next_number()
-        ts.copying = ts.copying or {}
-        ts.copying[attempt] = ws
-        ws.arriving[attempt] = ts
+        ts.arriving = ts.arriving or {}
+        ts.arriving[attempt], ws.arriving[attempt] = ws, ts
         places = [(ts.key, ts.attempt, self.holders(ts))]
         self.send(ws.id, "compute-task", ts.key, attempt, "copy", (), places, ts.priority, False)
 
@@ -2082,7 +2080,7 @@ class SchedulerMind(Mind):
 
     def copy_further(self, ts):
         """Send the next copies of a broadcast; who has the value, or is gone, is passed by."""
-        while ts.targets and len(ts.copying) < len(ts.who_has):
+        while ts.targets and len(ts.arriving) < len(ts.who_has):
             ws = ts.targets.pop()
             if ws in self.staying and ws not in ts.who_has:
                 self.copy(ts, ws)
@@ -2092,14 +2090,12 @@ class SchedulerMind(Mind):
 
         After the last copy, whoever wants the value is told who holds it now.
         """
+        del ts.arriving.pop(attempt).arriving[attempt]
         self.mark(ts)
         if ts.attempt == attempt:
-            del ts.processing_on.arriving[attempt]
             ts.processing_on = None
-            return
-        del ts.copying.pop(attempt).arriving[attempt]
         self.copy_further(ts)
-        if not ts.copying:
+        if not ts.arriving:
             for cs in list(ts.who_wants):
                 self.tell(cs, ts)
 
@@ -2115,7 +2111,7 @@ class SchedulerMind(Mind):
             alone = not any(holder in self.staying for holder in ts.who_has)
             if alone and self.staying and not ts.stuck:
                 ws.leaving.append(ts)
-                if not ts.copying:
+                if not ts.arriving:
                     self.copy(ts, self.next_holder())
 
     def add_replica(self, ts, ws):
@@ -2197,7 +2193,7 @@ class SchedulerMind(Mind):
             self.let_go(cs, ts)
         elif ts.state == "erred":
             self.send(cs.id, "key-erred", ts.key, want, *ts.error)
-        elif ts.state == "memory" and ts.who_has and not ts.copying:
+        elif ts.state == "memory" and ts.who_has and not ts.arriving:
             news = (ts.attempt, ts.nbytes, ts.type, self.holders(ts), ts.value)
             self.send(cs.id, "key-in-memory", ts.key, want, *news)
         elif ts.state == "no-worker":
@@ -2224,6 +2220,8 @@ class SchedulerMind(Mind):
         check_transposes(tasks, "dependencies", tasks, "dependents")
         check_transposes(tasks, "who_wants", [*self.clients.values(), self.keeper], "wants_what")
         check_transposes(tasks, "who_has", workers, "has_what")
+        arriving = {(attempt, ts, ws) for ws in workers for attempt, ts in ws.arriving.items()}
+        assert arriving == {(n, ts, ws) for ts in tasks for n, ws in dict(ts.arriving).items()}
         # S2. Every table holds what its name says, and nothing else.
         queues = [self.queue, *(ws.queue for ws in workers)]
         assert all(ts.queue is queue for queue in queues for ts in queue)
@@ -2254,8 +2252,9 @@ class SchedulerMind(Mind):
         assert bool(ts.error) == (ts.state == "erred"), ts
         assert not ts.estimate_us or (ts.queue and ts.queue.worker), ts
         assert bool(ts.attempt) == (ts.state in ("processing", "memory")) and not ts.value, ts
-        assert ts.state == "memory" or not (ts.copying or ts.stuck), ts
-        assert ts.copying or not ts.targets, ts
+        assert (ts.attempt in ts.arriving) == (ts.state == "processing" and not ts.run_spec), ts
+        assert ts.state == "memory" or not (ts.stuck or {*ts.arriving} - {ts.attempt}), ts
+        assert ts.arriving or not ts.targets, ts
         # T2. What nobody needs is not kept; what somebody needs is not left undone.
         assert bool(ts.who_wants or ts.waiters) == (ts.state != "released"), ts
         assert ts.state != "released" or (ts.dependents and ts.run_spec), ts
@@ -2268,7 +2267,6 @@ class SchedulerMind(Mind):
             here = ws.processing[ts.attempt][0] if ts.run_spec else ws.arriving[ts.attempt]
             assert here is ts and self.workers[ws.id] is ws, ts
             assert ts.suspect == ws.alone if ts.run_spec else ts.givers and not ts.suspect, ts
-        assert not ts.copying or all(ws.arriving[n] is ts for n, ws in ts.copying.items()), ts
         assert ts.queue is not self.queue or not (ts.dependencies or ts.suspect), ts
         for dependency in ts.dependencies:
             # T4. A task is a waiter of its dependencies exactly while it is unfinished.
@@ -2289,11 +2287,8 @@ class SchedulerMind(Mind):
         assert (ws.load == EMPTY) == (not ws.processing and ws.leaving is None), ws
         assert not ws.alone or (ws.load >= FULL and len(ws.processing) == 1), ws
         assert [ws in group for group in self.by_load] == [i == ws.load for i in range(5)], ws
-        # W2. What arrives is a put or a copy; who leaves waits for one that is under way.
-        for attempt, ts in ws.arriving.items():
-            put = ts.attempt == attempt and ts.processing_on is ws
-            assert put or dict(ts.copying).get(attempt) is ws, ws
-        assert not ws.leaving or ws.leaving[-1].copying, ws
+        # W2. Who leaves waits for a copy that is under way.
+        assert not ws.leaving or ws.leaving[-1].arriving, ws
         # W3. What waits for it has no room there, but for a suspect, which has to run alone.
         assert not ws.queue or ws.load > ROOM or ws.queue.peek().suspect, ws
 

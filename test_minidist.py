@@ -1151,7 +1151,7 @@ def agreement(cluster):
     assert set(scheduler.workers) == set(cluster.ids("w"))
     assert set(scheduler.clients) == set(cluster.ids("c"))
     for id, ws in scheduler.workers.items():
-        copies = [attempt for attempt, ts in ws.arriving.items() if attempt in ts.copying]
+        copies = [attempt for attempt, ts in ws.arriving.items() if attempt != ts.attempt]
         assert {*ws.processing, *copies} == set(cluster.minds[id].attempts), id
         holds = {(ts.key, ts.attempt) for ts in ws.has_what}
         assert holds == set(cluster.minds[id].data), id
