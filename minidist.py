@@ -1600,17 +1600,7 @@ class SchedulerMind(Mind):
         return None
 
     def has_room(self, ws, ts):
-        """Whether ``ts`` may be sent to ``ws`` now: it has room, or can fetch in the meantime."""
-        if ws.load <= self.most_load(ts):
-            return True
-        # One further task a thread is sent early if its inputs have to be fetched first.
-        early = ts.dependencies and len(ws.processing) < 2 * ws.nthreads
-        if not early or ts.suspect or ws.alone or ws.late or ws.leaving is not None:
-            return False
-        return self.moving_us(ts, ws) > 0
-
-    def most_load(self, ts):
-        """How loaded a worker may be that gets ``ts``.
+        """Whether ``ts`` may be sent to ``ws`` now: it has room, or can fetch in the meantime.
 
         Room is measured in time: what is not known to be short takes all that one thread has, about
         a millisecond.  So microsecond tasks run hundreds deep, and none waits behind an hour.
@@ -1622,15 +1612,23 @@ class SchedulerMind(Mind):
         wrongly taken to be short, and who is not sent cannot come back late, to go elsewhere.
         """
         # dask: room is a number of tasks for each thread (worker-saturation), not a time.
-        return EMPTY if ts.suspect else ROOM
+        if ts.suspect:
+            return ws.load == EMPTY
+        if ws.load != FULL or ws.alone or ws.late:
+            return ws.load <= ROOM
+        # One further task a thread is sent early if its inputs have to be fetched first.
+        return len(ws.processing) < 2 * ws.nthreads and self.moving_us(ts, ws) > 0
 
     def room_for(self, ts):
-        """A worker with room for ``ts``, and with nothing in its own queue that goes first."""
+        """A worker with room for ``ts``, and with nothing in its own queue that goes first.
+
+        (It heads the common queue, in which no suspect waits.)
+        """
 
         def before(ws):
             return not ws.queue or ts.priority < ws.queue.peek().priority
 
-        return self.least_loaded(self.most_load(ts), before if self.crowded else None)
+        return self.least_loaded(ROOM, before if self.crowded else None)
 
     def least_loaded(self, most, fits=None):
         """The least loaded of the workers that fit, with a load of at most ``most``, or None.

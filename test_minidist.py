@@ -1414,7 +1414,7 @@ WorkerMind.missed | in self.needed_by.get(name, ()) | in () | the_books_balance
 SchedulerMind.stimulus_retry | each.error or |  | honesty
 # An innocent is blamed; a suspect does not run alone.
 SchedulerMind.suspect | if blamed: | if True: | honesty
-SchedulerMind.most_load | return EMPTY if | return FREE if | the_books_balance
+SchedulerMind.has_room | ws.load == EMPTY | ws.load <= FREE | the_books_balance
 # A message does not say which data was lost, with which worker, or which deaths are to blame.
 SchedulerMind.give_up | f"the data {ts.key!r} {how}{ts.why}" | f"data {how}" | honesty
 SchedulerMind.give_up | f"was lost with {ts.lost}" if | "was lost" if | honesty
