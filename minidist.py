@@ -987,6 +987,7 @@ class WorkerState:
     processing: dict  # {attempt: (TaskState, duration_us)}
     arriving: dict  # {attempt: TaskState}: puts and copies; transpose: TaskState.arriving
     has_what: dict  # an ordered set of TaskStates; transpose: TaskState.who_has
+    leaving: list  # of TaskStates: what is copied before it leaves (``may_go``)
     queue: "HeapSet | None" = None  # what waits for this very worker
     nbytes: int = 0  # sum over has_what
     occupancy: int = 0  # microseconds of work, sent or queued
@@ -995,7 +996,6 @@ class WorkerState:
     # Why it is sent less, or nothing:
     alone: bool = False  # what runs there is a suspect, beside which nothing is sent
     late: bool = False  # it gave back what had waited too long behind something that still runs
-    leaving: "list[TaskState] | None" = None  # if it leaves: what is copied before (``may_go``)
 
     @property
     def address(self):
@@ -1300,7 +1300,7 @@ class SchedulerMind(Mind):
             self.news.append(f"Worker {worker} was refused: {text}")
             self.send(worker, "refused", text)
             return
-        tables = dict(processing={}, arriving={}, has_what={})
+        tables = dict(processing={}, arriving={}, has_what={}, leaving=[])
         ws = WorkerState(worker, name, nthreads, self.now_us, **tables)
         ws.queue = HeapSet(ws)
         self.workers[worker] = ws
@@ -1339,9 +1339,8 @@ class SchedulerMind(Mind):
         if peer in self.clients:
             return self.stimulus_client_left(peer, "closed")
         ws = self.workers[peer]
-        ws.leaving = []
-        self.account(ws, 0, 0)
         self.withdraw(ws)
+        self.account(ws, 0, 0)
         self.settle()
 
     def stimulus_worker_left(self, worker, how="connection lost"):
@@ -1365,14 +1364,14 @@ class SchedulerMind(Mind):
             return  # It was refused, or declared dead before its connection was lost.
         departed = f"{worker} ({ws.name}): {how}"
         self.news.append(f"Worker {worker} ({ws.name}) left: {how}")
-        self.withdraw(ws)
         for peer in (*self.workers, *self.clients):
             self.send(peer, "worker-left", worker)
         alone = len(ws.processing) == 1
         for attempt in list(ws.processing):
             ts, current = self.end_attempt(ws, attempt)
-            if current and ws.leaving is None:
+            if current and ws in self.staying:
                 self.suspect(ts, departed, blamed=alone)
+        self.withdraw(ws)
         for ts in list(ws.has_what):
             self.remove_replica(ts, ws)
             ts.lost = "" if ts.who_has else departed
@@ -1456,7 +1455,7 @@ class SchedulerMind(Mind):
         if attempt in ws.arriving:
             ts = ws.arriving[attempt]
             # Neither here nor missed: then its holder cannot pickle it.
-            ts.stuck = ts.stuck or not (misses or ws in ts.who_has or ws.leaving is not None)
+            ts.stuck = ts.stuck or not (misses or ws in ts.who_has or ws.load == LEAVING)
             self.end_arrival(ts, attempt)
         elif attempt in ws.processing:  # Else a copy that nobody needs any more.
             ts, current = self.end_attempt(ws, attempt, late=ws.late or not misses)
@@ -1530,7 +1529,7 @@ class SchedulerMind(Mind):
         while True:
             super().settle()
             self.fill()
-            ws = self.may_go() if self.by_load[LEAVING] else None
+            ws = self.may_go()
             if ws is None:
                 return
             self.send(ws.id, "goodbye")
@@ -2009,7 +2008,7 @@ class SchedulerMind(Mind):
         ws.occupancy += sign * duration_us
         ws.taken_us += sign * min(duration_us, ROOM_US)
         room_us = 0 if ws.alone or ws.late else ws.nthreads * ROOM_US
-        if ws.leaving is not None:
+        if ws not in self.staying:
             load = LEAVING
         elif len(ws.processing) < ws.nthreads and not ws.alone:
             load = FREE if ws.processing else EMPTY
@@ -2233,7 +2232,7 @@ class SchedulerMind(Mind):
         assert [ws.id for ws in workers] == [*self.workers]
         assert [cs.id for cs in self.clients.values()] == [*self.clients]
         called = {(alias, ws) for alias, some in self.called.items() for ws in some}
-        assert {*self.staying} == {ws for ws in workers if ws.leaving is None}
+        assert {*self.staying} == {ws for ws in workers if ws.load != LEAVING}
         assert called == {(alias, ws) for ws in self.staying for alias in ws.aliases()}
         # S3. No worker is free for what waits in the common queue, unless for what waits in its own
         # and goes first; and only who may not run anywhere has no worker.
@@ -2281,12 +2280,11 @@ class SchedulerMind(Mind):
         assert ws.nbytes == sum(ts.nbytes for ts in ws.has_what), ws
         assert ws.occupancy == sum(durations) + sum(ts.estimate_us for ts in ws.queue), ws
         assert ws.taken_us == sum(min(d, ROOM_US) for d in durations), ws
-        assert (ws.load == LEAVING) == (ws.leaving is not None), ws
-        assert (ws.load == EMPTY) == (not ws.processing and ws.leaving is None), ws
+        assert ws.load == LEAVING or (ws.load == EMPTY) == (not ws.processing), ws
         assert not ws.alone or (ws.load >= FULL and len(ws.processing) == 1), ws
         assert [ws in group for group in self.by_load] == [i == ws.load for i in range(5)], ws
         # W2. Who leaves waits for a copy that is under way.
-        assert not ws.leaving or ws.leaving[-1].arriving, ws
+        assert not ws.leaving or (ws.load == LEAVING and ws.leaving[-1].arriving), ws
         # W3. What waits for it has no room there, but for a suspect, which has to run alone.
         assert not ws.queue or ws.load > ROOM or ws.queue.peek().suspect, ws
 

@@ -58,6 +58,7 @@ import minidist
 from minidist import (
     ALLOWED_FAILURES,
     BYTES_PER_US,
+    LEAVING,
     MESSAGES,
     OPS,
     ROOM_US,
@@ -717,10 +718,10 @@ class Cluster:
     def blame(self, worker):
         """The scheduler is about to hear of a death: whom it may blame for that."""
         ws = self.minds[SCHEDULER].workers.get(worker)
-        if ws and len(ws.processing) == 1 and ws.leaving is None:
+        if ws and len(ws.processing) == 1 and ws.load != LEAVING:
             for ts, _ in ws.processing.values():
                 self.deaths.setdefault(ts.key, set()).add(worker)
-        self.seen["suspects"] += bool(ws and ws.processing and ws.leaving is None)
+        self.seen["suspects"] += bool(ws and ws.processing and ws.load != LEAVING)
 
     def a_worker_joins(self, pick=0):
         self.seen["workers"] += 1
@@ -831,7 +832,7 @@ class Cluster:
         alone = [name for name in data if not any(name in self.minds[w].data for w in others)]
         nothing_else_broke = self.seen["faults"] == self.seen["left"] and not self.cancelled
         there = [name for name in alone if name in wanted and isinstance(data[name], tuple)]
-        staying = [ws for ws in self.minds[SCHEDULER].workers.values() if ws.leaving is None]
+        staying = [ws for ws in self.minds[SCHEDULER].workers.values() if ws.load != LEAVING]
         return there if staying and nothing_else_broke else []
 
     def deliver(self, sender, receiver, kind):
@@ -1126,7 +1127,7 @@ def capacity(cluster):
         for ws in scheduler.workers.values():
             waiting = [ts for queue in (scheduler.queue, ws.queue) if (ts := queue.peek())]
             kept_empty = ws.alone or any(ts.suspect for ts in waiting)
-            if ws.leaving is None and len(ws.processing) < ws.nthreads and not kept_empty:
+            if ws.load != LEAVING and len(ws.processing) < ws.nthreads and not kept_empty:
                 assert not waiting, ws
                 for victim in scheduler.crowded:
                     assert not worth_stealing(scheduler, victim.queue.peek(), victim, ws), ws
