@@ -855,11 +855,10 @@ class ClientMind(FetchingMind):
             # C1. What is wanted has a live Future object, and is not cancelled.
             assert state.key == key and state.count > 0 and 0 < state.want < self.number, state
             assert state.status in ("pending", "finished", "error"), state
-            # C2. A value belongs to a finished state, an exception to one that erred.
+            # C2. A value belongs to a finished state, a reason to one that erred.
             assert state.status == "finished" or not state.value, state
             assert state.status != "finished" or state.attempt, state
-            assert state.status != "error" or state.exception or state.text, state
-            assert state.status == "error" or not state.exception, state
+            assert (state.status == "error") == bool(state.exception or state.text), state
             assert state.status != "error" or not state.data, state
             # C3. What somebody waits for is on its way exactly when it exists and is not here.
             waits = state.asked and state.status == "finished" and not state.value
@@ -2560,16 +2559,16 @@ class WorkerMind(FetchingMind):
             assert (attempt in self.ready) == (attempt.state == "ready"), attempt
             assert bool(attempt.waiting_for) == (attempt.state == "waiting"), attempt
             if attempt.state != "executing":
-                # A2. It waits for exactly the inputs that are not here, and those are fetched.
+                # A2. It waits for exactly the inputs that are not here.
                 missing = {name for name in attempt.inputs if name not in self.data}
-                assert set(attempt.waiting_for) == missing <= set(self.fetching), attempt
+                assert set(attempt.waiting_for) == missing, attempt
                 for name in attempt.inputs:
                     needed.setdefault(name, {})[attempt] = None
         assert {*self.ready} <= {attempt for _, attempt in self.ready.heap}
         # A3. needed_by is the transpose of inputs, for those that have not started.
         assert needed == self.needed_by
-        # A4. Nothing is fetched that nobody needs, or that is here.
-        assert set(self.fetching) <= set(self.needed_by) - set(self.data)
+        # A4. What is fetched is what is needed, and is not here.
+        assert set(self.fetching) == set(self.needed_by) - set(self.data)
 
 
 # ================================ Part two, how it travels ========================================
