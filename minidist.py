@@ -298,9 +298,10 @@ def check_message(message, frames, sender):
 class HeapSet(dict):
     """What waits, by priority: the smallest comes first.
 
-    An ordered set, and a heap from which anything may be taken: what was taken out stays in the
-    heap until it surfaces, or until the dead are the majority and the heap is built anew.  (To look
-    for it in the heap would cost a scan, and a cancel of 100,000 tasks as many scans.)
+    An ordered set, with what is known of each item while it waits, and a heap from which anything
+    may be taken: what was taken out stays in the heap until it surfaces, or until the dead are the
+    majority and the heap is built anew.  (To look for it in the heap would cost a scan, and a
+    cancel of 100,000 tasks as many scans.)
 
     No two items have equal priorities: else the heap would compare the items, which have no order.
     An item that is put in again while its dead entry is still there has two: that does no harm.
@@ -312,8 +313,8 @@ class HeapSet(dict):
         self.heap = []  # [(priority, item)]
         self.worker = worker  # whose queue it is, a WorkerState; None: that of all
 
-    def push(self, item):
-        self[item] = None
+    def push(self, item, value=0):
+        self[item] = value
         heapq.heappush(self.heap, (item.priority, item))
 
     def discard(self, item):
@@ -939,9 +940,8 @@ class TaskState:
     # "no-worker" goes back to "waiting".)  No transpose of ``waiters``: a task stays a waiter of a
     # dependency that has its value.
     waiting_on: "dict[TaskState, None] | tuple[()]" = ()
-    # In "queued" only: where it waits, and (in a worker's queue) how long it is expected to run.
+    # In "queued" only: where it waits.
     queue: "HeapSet | None" = None
-    estimate_us: int = 0
     # In "processing" only.  Transpose: WorkerState.processing, but for data, which takes no thread.
     processing_on: "WorkerState | None" = None
     # In "processing" and "memory": the attempt that makes, or made, its value.  Elsewhere 0, so
@@ -987,7 +987,7 @@ class WorkerState:
     arriving: dict  # {attempt: TaskState}: puts and copies; transpose: TaskState.arriving
     has_what: dict  # an ordered set of TaskStates; transpose: TaskState.who_has
     leaving: list  # of TaskStates: what is copied before it leaves (``may_go``)
-    queue: "HeapSet | None" = None  # what waits for this very worker
+    queue: "HeapSet | None" = None  # {what waits for this very worker: its expected duration_us}
     nbytes: int = 0  # sum over has_what
     occupancy: int = 0  # microseconds of work, sent or queued
     taken_us: int = 0  # how much of its room is taken: by each attempt, ROOM_US at most
@@ -1591,7 +1591,7 @@ class SchedulerMind(Mind):
         for victim in list(islice(self.crowded, LIMITS["holders"])):
             self.crowded.move_to_end(victim)  # Next time others are looked at.
             ts = victim.queue.peek()
-            waiting_us = self.busy_us(victim) - ts.estimate_us // victim.nthreads
+            waiting_us = self.busy_us(victim) - victim.queue[ts] // victim.nthreads
             if ws in self.allowed(ts) and not any(d.stuck for d in ts.dependencies):
                 if self.has_room(ws, ts) and self.start_us(ts, ws) < waiting_us:
                     return ts
@@ -1746,23 +1746,23 @@ class SchedulerMind(Mind):
         A suspect waits for one worker to run empty: at the head of the common queue, it would keep
         all of them from taking anything else.
         """
-        ts.queue = self.queue
+        ts.queue, estimate_us = self.queue, 0
         if ts.dependencies or ts.suspect or self.allowed(ts) is not self.staying:
             ws = self.decide_worker(ts)
-            ts.queue, ts.estimate_us = ws.queue, self.estimate(ts)
-            ws.occupancy += ts.estimate_us
+            ts.queue, estimate_us = ws.queue, self.estimate(ts)
+            ws.occupancy += estimate_us
             self.changed[ws] = self.crowded[ws] = None
-        ts.queue.push(ts)
+        ts.queue.push(ts, estimate_us)
 
     def leave_queued(self, ts):
         """It is sent, or must not be: whatever waited behind it is looked at again."""
-        ts.queue.discard(ts)
         if ws := ts.queue.worker:
-            ws.occupancy -= ts.estimate_us
+            ws.occupancy -= ts.queue[ts]
             self.changed[ws] = None  # There may be room for what is next.
-            if not ws.queue:
+            if len(ws.queue) == 1:
                 del self.crowded[ws]
-        ts.queue, ts.estimate_us = None, 0
+        ts.queue.discard(ts)
+        ts.queue = None
 
     def enter_no_worker(self, ts):
         """No worker that is here may run it.  Its users are warned: it may be a wrong name."""
@@ -2246,7 +2246,6 @@ class SchedulerMind(Mind):
         assert (ts.processing_on is not None) == (ts.state == "processing"), ts
         assert bool(ts.who_has) == (ts.state == "memory"), ts
         assert bool(ts.error) == (ts.state == "erred"), ts
-        assert not ts.estimate_us or (ts.queue and ts.queue.worker), ts
         assert bool(ts.attempt) == (ts.state in ("processing", "memory")) and not ts.value, ts
         assert (ts.attempt in ts.arriving) == (ts.state == "processing" and not ts.run_spec), ts
         assert ts.state == "memory" or not (ts.stuck or {*ts.arriving} - {ts.attempt}), ts
@@ -2277,7 +2276,7 @@ class SchedulerMind(Mind):
         # W1. Every counter can be recounted.
         durations = [duration_us for _, duration_us in ws.processing.values()]
         assert ws.nbytes == sum(ts.nbytes for ts in ws.has_what), ws
-        assert ws.occupancy == sum(durations) + sum(ts.estimate_us for ts in ws.queue), ws
+        assert ws.occupancy == sum(durations) + sum(ws.queue.values()), ws
         assert ws.taken_us == sum(min(d, ROOM_US) for d in durations), ws
         assert ws.load == LEAVING or (ws.load == EMPTY) == (not ws.processing), ws
         assert not ws.alone or (ws.load >= FULL and len(ws.processing) == 1), ws
@@ -2334,7 +2333,6 @@ class Attempt:
     state: str = "waiting"
     # The inputs that are not here; none of them is left when it is ready.
     waiting_for: "dict[tuple, None] | tuple[()]" = ()
-    ready_us: int = 0  # since when it has been known to be ready
     # What it has to be whatever its inputs: "executing" when a thread has taken it, and then how
     # it ends ("finished", "erred", "returned"), with the fields of the message that says so.
     fate: str = ""
@@ -2364,7 +2362,7 @@ class WorkerMind(FetchingMind):
         self.attempts = {}  # {number: Attempt}, until its end was told
         self.data = {}  # {(key, attempt): value}: what is held; no value is looked into here
         self.needed_by = {}  # {(key, attempt): ordered set of Attempts that have not started}
-        self.ready = HeapSet()  # attempts that a thread can begin
+        self.ready = HeapSet()  # {attempt that a thread can begin: since when that has been known}
         self.leaving = False
 
     def stimulus_compute_task(self, peer, key, attempt, name, run_spec, places, order, wanted):
@@ -2417,9 +2415,9 @@ class WorkerMind(FetchingMind):
         The scheduler took what runs to be short, and would learn otherwise only at its end.  What
         still waits for an input stays, since it would wait for that elsewhere, too.
         """
-        for attempt in self.ready:
-            attempt.ready_us = attempt.ready_us or now_us
-            if now_us - attempt.ready_us >= LATE_US:
+        for attempt, since_us in self.ready.items():
+            self.ready[attempt] = since_us or now_us
+            if now_us - self.ready[attempt] >= LATE_US:
                 self.give_back(attempt)
         self.settle()
 

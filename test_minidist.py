@@ -1137,7 +1137,7 @@ def worth_stealing(scheduler, ts, victim, ws):
     """Whether a task would start sooner on an idle worker, its inputs moved there."""
     missing = [d.nbytes for d in ts.dependencies if ws not in d.who_has]
     moving_us = TRANSFER_US + sum(missing) // BYTES_PER_US if missing else 0
-    here_us = (victim.occupancy - ts.estimate_us) // victim.nthreads
+    here_us = (victim.occupancy - victim.queue[ts]) // victim.nthreads
     there_us = moving_us + ws.occupancy // ws.nthreads
     bound = ts.suspect or any(d.stuck for d in ts.dependencies)
     return ws in scheduler.allowed(ts) and not bound and there_us < here_us
