@@ -967,7 +967,7 @@ class TaskState:
     # Of data only:
     givers: "dict[ClientState, bool] | tuple[()]" = ()  # who has it until it is in memory, and
     #                                                     whether all workers should get it
-    lost: str = ""  # with which worker (known of calls, too, which have no use for it)
+    lost: str = ""  # that it was, and with whom (known of calls, too, which have no use for it)
     why: str = ""  # why it cannot be computed again, though once it was
 
     def __repr__(self):
@@ -1373,7 +1373,7 @@ class SchedulerMind(Mind):
         self.withdraw(ws)
         for ts in list(ws.has_what):
             self.remove_replica(ts, ws)
-            ts.lost = "" if ts.who_has else departed
+            ts.lost = "" if ts.who_has else f"was lost with {departed}"
         for attempt, ts in list(ws.arriving.items()):
             self.end_arrival(ts, attempt)
         del self.by_load[ws.load][ws]
@@ -1871,10 +1871,10 @@ class SchedulerMind(Mind):
         """
         del self.tasks[ts.key]
         self.forget_call(ts)
-        how = f"lost with {ts.lost}" if ts.lost else "let go"
+        how = ts.lost or "was let go"
         for dependent in list(ts.dependents):
             dependent.run_spec = ()
-            dependent.why = ts.why or f"; it was made from {ts.key!r}, which was {how}"
+            dependent.why = ts.why or f"; it was made from {ts.key!r}, which {how}"
             self.forget_call(dependent)
             self.mark(dependent)
 
@@ -1955,9 +1955,8 @@ class SchedulerMind(Mind):
 
         How it was lost is kept for a while, for the submits that cross that news.
         """
-        how = "cannot be computed again" if ts.why else "could not be put on any worker"
-        how = f"was lost with {ts.lost}" if ts.lost else how
-        text = self.losses[ts.key] = f"the data {ts.key!r} {how}{ts.why}"
+        otherwise = "cannot be computed again" if ts.why else "could not be put on any worker"
+        text = self.losses[ts.key] = f"the data {ts.key!r} {ts.lost or otherwise}{ts.why}"
         forget_oldest(self.losses)
         ts.error = ((), GIVEN_UP, text)
 

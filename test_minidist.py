@@ -1417,8 +1417,8 @@ SchedulerMind.stimulus_retry | each.error or |  | honesty
 SchedulerMind.suspect | if blamed: | if True: | honesty
 SchedulerMind.has_room | ws.load == EMPTY | ws.load <= FREE | the_books_balance
 # A message does not say which data was lost, with which worker, or which deaths are to blame.
-SchedulerMind.give_up | f"the data {ts.key!r} {how}{ts.why}" | f"data {how}" | honesty
-SchedulerMind.give_up | f"was lost with {ts.lost}" if | "was lost" if | honesty
+SchedulerMind.give_up | the data {ts.key!r} | data | honesty
+SchedulerMind.lose | f"was lost with {departed}" | "was lost" | honesty
 SchedulerMind.suspect | '; '.join(ts.deaths) | ts.deaths[0] | honesty
 # A cancel reaches too much.
 SchedulerMind.stimulus_cancel_keys | None if force else cs | None | no_live_future_is_cancelled
