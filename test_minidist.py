@@ -777,7 +777,7 @@ class Cluster:
         """The data connections in use, and the keys of what travels there: {(peer, holder): keys}"""
         links = {}
         for peer in [*self.ids("c"), *self.ids("w")]:
-            asked = [(h, key) for h, some in self.minds[peer].requests.items() for key, _ in some]
+            asked = [(holder, key) for holder, (key, _) in self.minds[peer].requests]
             puts = self.minds[peer].puts if peer in self.held else {}
             for holder, key in asked + [(w, state.key) for state, (w, _) in puts.items()]:
                 if to in (None, holder):
