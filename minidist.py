@@ -1121,7 +1121,8 @@ class SchedulerMind(Mind):
         elif ts.run_spec:
             self.send(client, "warning", f"{key!r} is known as a call: its result is used")
         if ts.state == "memory" and broadcast:
-            self.copy_everywhere(ts)
+            ts.targets = list(self.allowed(ts))
+            self.copy_further(ts)
         elif ts.state not in ("memory", "erred") and not ts.run_spec:
             ts.givers = ts.givers or {}
             ts.givers[cs] = broadcast
@@ -1472,10 +1473,9 @@ class SchedulerMind(Mind):
                 continue
             self.add_replica(ts, ws)
             if attempt in ts.arriving:  # A put.
-                broadcast, ts.givers = any(ts.givers.values()), ()
+                ts.targets = list(self.allowed(ts)) if any(ts.givers.values()) else ()
+                ts.givers = ()
                 self.end_arrival(ts, attempt)
-                if broadcast:
-                    self.copy_everywhere(ts)
         self.settle()
 
     # What a task should be, and where.
@@ -2059,18 +2059,14 @@ class SchedulerMind(Mind):
         places = [(ts.key, ts.attempt, self.holders(ts))]
         self.send(ws.id, "compute-task", ts.key, attempt, "copy", (), places, ts.priority, False)
 
-    def copy_everywhere(self, ts):
-        """A broadcast: to those that are here now.  (Who joins later fetches it when needed.)
-
-        Where it is tied to some workers, to those.  Not to all at once: the holders are as many as
-        the copies under way, so who has got it gives it further, and the first one's network does
-        not have to carry them all.
-        """
-        ts.targets = list(self.allowed(ts))
-        self.copy_further(ts)
-
     def copy_further(self, ts):
-        """Send the next copies of a broadcast; who has the value, or is gone, is passed by."""
+        """Send the next copies of a broadcast; who has the value, or is gone, is passed by.
+
+        It goes to those that were here when it began, or to those that it is tied to.  (Who joins
+        later fetches it when needed.)  Not to all at once: the holders are as many as the copies
+        under way, so who has got it gives it further, and the first one's network does not have to
+        carry them all.
+        """
         while ts.targets and len(ts.arriving) < len(ts.who_has):
             ws = ts.targets.pop()
             if ws in self.staying and ws not in ts.who_has:
