@@ -353,6 +353,7 @@ class Mind:
     TRANSITIONS = {}  # {(start, finish): (method that leaves, method that enters)}: every edge
 
     def __init__(self, first_number=1):
+        self.records = {}  # a client's futures, the scheduler's tasks, a worker's attempts
         self.number = first_number  # of the next thing that it makes
         self.outbox = []  # [(peer, message)], to be sent by the body
         self.marked = {}  # an ordered set of records that may not be what they should be
@@ -390,7 +391,7 @@ class Mind:
         # Each takes a few edges at most.  Two goals that contradict each other would go on for
         # ever, and with them the whole cluster would stand still: rather let it be said.
         marked, taken = self.marked, 0
-        bound = 64 + 16 * self.size()
+        bound = 64 + 16 * len(self.records)
         while marked:
             record, _ = marked.popitem()
             while (finish := self.goal(record)) != record.state:
@@ -579,11 +580,12 @@ class ClientMind(FetchingMind):
 
     There is no table of transitions: the scheduler decides what becomes of a task, and a notice
     says what its state is from now on.  What is decided here is whom a notice concerns.
+    So nothing is marked, and nothing has to settle.
     """
 
     def __init__(self):
         super().__init__()
-        self.futures = {}  # {key: FutureState}: what is wanted now
+        self.futures = self.records  # {key: FutureState}: what is wanted now
         self.puts = {}  # {FutureState: (worker, attempt)}: where its data is being put
         self.news = []  # FutureStates that changed: its body wakes those who wait for them
         self.warnings = []  # texts, for the user
@@ -843,9 +845,6 @@ class ClientMind(FetchingMind):
         self.become(state, "pending")
         self.send(SCHEDULER, "fetch-missed", state.key, state.want, name[1], misses)
 
-    def settle(self):
-        """A client's states have no edges to take: its words for users follow the notices."""
-
     def validate(self):
         super().validate()
         for key, state in self.futures.items():
@@ -1049,7 +1048,7 @@ class SchedulerMind(Mind):
 
     def __init__(self, first_attempt=1, ttl_us=30_000_000):
         super().__init__(first_attempt)
-        self.tasks = {}  # {key: TaskState}
+        self.tasks = self.records  # {key: TaskState}
         self.workers = {}  # {id: WorkerState}
         self.clients = {}  # {id: ClientState}
         self.queue = HeapSet()  # runnable tasks that any worker may take
@@ -1557,9 +1556,6 @@ class SchedulerMind(Mind):
                 self.hand_over(ws)
             if not ws.leaving:
                 return ws
-
-    def size(self):
-        return len(self.tasks)
 
     def next_for(self, ws):
         """What ``ws`` has room for: of its own queue, of the common one, or of another worker's.
@@ -2350,7 +2346,7 @@ class WorkerMind(FetchingMind):
 
     def __init__(self):
         super().__init__()
-        self.attempts = {}  # {number: Attempt}, until its end was told
+        self.attempts = self.records  # {number: Attempt}, until its end was told
         self.data = {}  # {(key, attempt): value}: what is held; no value is looked into here
         self.needed_by = {}  # {(key, attempt): ordered set of Attempts that have not started}
         self.ready = HeapSet()  # {attempt that a thread can begin: since when that has been known}
@@ -2504,9 +2500,6 @@ class WorkerMind(FetchingMind):
     def goal(self, attempt):
         """What an attempt should be, given its inputs and what its thread said."""
         return attempt.fate or ("waiting" if attempt.waiting_for else "ready")
-
-    def size(self):
-        return len(self.attempts)
 
     def enter_ready(self, attempt):
         """All inputs are here."""

@@ -212,8 +212,8 @@ NEITHER = {  # {reason: fields}
         FutureState.nbytes FutureState.type FutureState.holders FutureState.data FutureState.call
         Attempt.key Attempt.name Attempt.run_spec Attempt.priority Attempt.wanted Attempt.told""",
     "its other side is not in this mind: a user's objects, a thread, the scheduler": """
-        ClientMind.futures ClientMind.puts FutureState.count WorkerMind.attempts
-        WorkerMind.leaving""",
+        ClientMind.futures ClientMind.records ClientMind.puts FutureState.count
+        WorkerMind.attempts WorkerMind.records WorkerMind.leaving""",
     "it is still to be done: with less of it, a worker goes too early, a copy is not made": """
         WorkerState.leaving TaskState.targets""",
 }
