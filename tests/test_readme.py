@@ -133,6 +133,16 @@ def test_the_workers_by_hand_have_the_names_that_are_written():
     assert BY_HAND[-1].endswith("# bob-0 to bob-3")
 
 
+def test_a_worker_by_hand_joins_a_local_cluster_of_the_same_user(monkeypatch):
+    monkeypatch.delenv("MINIDIST_TOKEN")  # So the secret is that in the user's home.
+    line, address = re.search(r"`(minidist worker ADDRESS)`, with `(.*?)`", README.prose).groups()
+    with Client(n_workers=1) as client:
+        line = line.replace("ADDRESS", eval(address))
+        with in_a_shell(f"{line} --name alice") as p:
+            assert first_line(p).startswith("Worker alice at ")
+            assert client.submit(pow, 10, 2, workers="alice").result(30) == 100
+
+
 def test_what_has_happened_is_recorded_and_replayed_by_the_lines_that_are_shown():
     scheduler, *replays = RECORDING
     with a_scheduler(scheduler) as address, Client(address) as c:
