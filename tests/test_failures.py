@@ -16,6 +16,7 @@ import queue
 import re
 import signal
 import socket
+import sqlite3
 import sys
 import threading
 import time
@@ -159,6 +160,30 @@ def a_function_uses_what_cannot_be_pickled():
 def an_argument_cannot_be_pickled():
     with local() as c:
         return raised(c.submit, print, threading.Lock())
+
+
+@failure
+def an_argument_is_a_connection():
+    with local() as c, socket.socket() as connection:
+        return raised(c.submit, print, connection)
+
+
+@failure
+def an_argument_is_a_connection_to_a_database():
+    with local() as c, contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        return raised(c.submit, print, connection)
+
+
+@failure
+def an_argument_is_a_generator():
+    with local() as c:
+        return raised(c.submit, sum, (x for x in range(3)))
+
+
+@failure
+def an_argument_is_a_file_open_for_writing():
+    with local() as c, open(os.devnull, "w") as file:
+        return raised(c.submit, print, "spam", file=file)
 
 
 @failure
