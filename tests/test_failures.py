@@ -106,6 +106,15 @@ def another_program_is_at_the_port():
 
 
 @failure
+def an_http_server_is_at_the_port():
+    server = process("-u", "-m", "http.server", "0", "--bind", "127.0.0.1")
+    # (It answers what has an end of line: of our random bytes, one may be that.)
+    with server as p, unittest.mock.patch.object(os, "urandom", bytes):
+        port = re.search(r"port (\d+)", p.stdout.readline())[1]
+        return raised(Client, f"127.0.0.1:{port}", timeout=0.1)
+
+
+@failure
 def the_port_is_a_workers():
     with local() as c:
         return raised(Client, c.cluster.workers[0].address, timeout=0.1)
