@@ -18,11 +18,13 @@ import signal
 import socket
 import sqlite3
 import sys
+import tempfile
 import threading
 import time
 import types
 import unittest.mock
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -135,6 +137,35 @@ def the_secrets_differ():
         return raised(Client, address)
 
 
+def with_a_token_file(text, mode):
+    """What a local cluster and a scheduler say if the secret is in such a file."""
+    with (
+        tempfile.TemporaryDirectory() as home,
+        unittest.mock.patch.dict(os.environ, HOME=home, MINIDIST_TOKEN=""),
+    ):
+        path = Path(home, ".minidist", "token")
+        path.parent.mkdir()
+        path.write_text(text)
+        path.chmod(mode)
+        with process(SCRIPT, "scheduler", "--port", "0") as p:
+            return raised(local), said_of(p)
+
+
+@failure
+def others_can_read_the_token_file():
+    return with_a_token_file("secret", 0o644)[0]
+
+
+@failure
+def the_token_file_is_empty():
+    return with_a_token_file("", 0o600)[0]
+
+
+@failure
+def others_can_read_the_token_file_of_a_scheduler():
+    return with_a_token_file("secret", 0o640)[1]
+
+
 @failure
 def the_pythons_differ():
     with a_scheduler("sys.version_info = (3, 99)") as (_, address):
@@ -155,7 +186,71 @@ def two_workers_have_one_name():
         return said_of(p)
 
 
+@failure
+def a_port_is_asked_for_that_is_in_use():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with process(SCRIPT, "scheduler", "--port", port) as p:
+            return said_of(p)
+
+
+@failure
+def a_local_cluster_gets_an_option_of_dasks():
+    return raised(Client, memory_limit="1 GB")
+
+
+@failure
+def there_is_no_client():
+    return raised(Client.current)
+
+
+@failure
+def a_task_looks_for_a_client():
+    with Client(n_workers=1) as c:
+        return raised(c.submit(lambda: minidist.default_client()).result, 30)
+
+
 # ---- Calls that cannot be made ----
+
+
+@failure
+def a_call_is_submitted_that_was_made_already():
+    with local() as c:
+        return raised(c.submit, abs(-1))
+
+
+@failure
+def an_option_is_not_built():
+    with local() as c:
+        return raised(c.submit, abs, -1, resources={"GPU": 1})
+
+
+@failure
+def a_future_of_another_client_is_an_argument():
+    with local() as c, Client(c.cluster) as other:
+        return raised(c.submit, abs, other.submit(abs, -1))
+
+
+@failure
+def a_future_of_another_client_is_gathered():
+    with local() as c, Client(c.cluster) as other:
+        return raised(c.gather, [other.submit(abs, -1)])
+
+
+@failure
+def a_future_that_was_released_is_an_argument():
+    with local() as c:
+        future = c.submit(abs, -1)
+        future.release()
+        return raised(c.submit, abs, future)
+
+
+@failure
+def the_result_of_a_future_that_was_released_is_asked_for():
+    with local() as c:
+        future = c.submit(abs, -1)
+        future.release()
+        return raised(future.result)
 
 
 @failure
@@ -238,6 +333,19 @@ def a_task_imports_a_module_that_the_worker_does_not_have():
         return raised(c.submit(task).result, 30)
 
 
+@failure
+def a_task_waits_for_a_future_of_the_script():
+    with local() as c:
+        future = c.submit(abs, -1)
+        return raised(c.submit(lambda: future.result()).result, 30)
+
+
+@failure
+def a_task_waits_for_a_future_that_is_its_argument():
+    with local() as c:
+        return raised(c.submit(lambda future: future.result(), c.submit(abs, -1)).result, 30)
+
+
 # ---- Waiting ----
 
 
@@ -259,6 +367,12 @@ def workers_names_nobody():
 def data_is_scattered_and_there_is_no_worker():
     with local(n_workers=0) as c:
         return raised(c.scatter, [1, 2, 3], timeout=0.1)
+
+
+@failure
+def fewer_workers_are_there_than_are_waited_for():
+    with local() as c:
+        return raised(c.wait_for_workers, 2, timeout=0.1)
 
 
 @failure
