@@ -947,6 +947,13 @@ async def gather_keeps_the_type_of_the_container(client):
     return await client.gather((x, y)), await client.gather({x, y}), await client.gather({"a": x})
 
 
+@program("gather", gives=("OrderedDict", "a future"))
+async def gather_leaves_a_dict_of_another_kind_as_it_is(client):
+    gathered = await client.gather(collections.OrderedDict(a=client.submit(inc, 1)))
+    kind = "a future" if isinstance(gathered["a"], Future) else "a value"
+    return type(gathered).__name__, kind
+
+
 @program("gather", gives=[1, "a", None, 2])
 async def gather_leaves_everything_else_as_it_is(client):
     return await client.gather([1, "a", None, client.submit(inc, 1)])
@@ -1846,6 +1853,18 @@ async def it_takes_nothing_but_futures(client):
 @program("as_completed", raises=TypeError)
 async def only_a_future_is_added(client):
     as_completed([]).add(1)
+
+
+@program(
+    "as_completed",
+    raises=ValueError,
+    dask=Gives([2, 3]),
+    differs="futures that are waited for together are those of one client",
+)
+async def as_completed_goes_over_the_futures_of_one_client(client):
+    async with connect(client.scheduler_info()["address"]) as other:
+        futures = as_completed([client.submit(inc, 1), other.submit(inc, 2)])
+        return sorted([await future.result() async for future in futures])
 
 
 # -- wait --
