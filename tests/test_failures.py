@@ -364,6 +364,20 @@ def workers_names_nobody():
 
 
 @failure
+def a_key_stands_for_another_call():
+    with local() as c, log() as texts:
+        _first, _other = c.submit(abs, -1, key="x"), c.submit(abs, -2, key="x")
+        return texts.get(timeout=30)
+
+
+@failure
+def a_key_stands_for_other_data():
+    with local() as c, log() as texts:
+        _first, _other = c.scatter({"x": 1}), c.scatter({"x": 2})
+        return texts.get(timeout=30)
+
+
+@failure
 def data_is_scattered_and_there_is_no_worker():
     with local(n_workers=0) as c:
         return raised(c.scatter, [1, 2, 3], timeout=0.1)
