@@ -1,9 +1,11 @@
 """A Markdown document that cannot lie: its cells are run, its quotations and links looked up.
 
-    python tests/book.py tutorial.md [dask.distributed]
+    python tests/book.py tutorial.md [MODULE [tests/attempts.md]]
 
 prints every line of the document that is not true, as ``tutorial.md:LINE: what is wrong``.  With
-``dask.distributed`` the cells import from there what they would import from minidist.
+``dask.distributed`` as MODULE the cells import from there what they would import from minidist.
+The last document has wrong attempts at the exercises, one in each cell: no check may be content
+with one of them, nor be unable to go on after it.
 
 What a document consists of (each form is one that a notebook keeps, by way of jupytext):
 
@@ -21,8 +23,9 @@ Cells may have tags, as in ```python tags=["exercise"]:
 
     exercise          the stub that a reader is given
     check             follows a stub.  It raises AssertionError after the stub, and nothing after
-                      the solution: a cell folded behind <details>, in a jupytext region, so that
-                      in a notebook it is one Markdown cell that does not run
+                      the solution, also when it is run twice.  The solution is a cell folded behind
+                      <details>, in a jupytext region, so that in a notebook it is one Markdown cell
+                      that does not run
     raises-exception  the cell raises; what is shown ends with the last line of the traceback.
                       (The tag is one of Jupyter's: there, the cells below run all the same.)
     minidist          shows what only minidist has: it is not run on dask.distributed
@@ -70,6 +73,7 @@ class Fence:
     line: int  # of its first line, counted from 1
     text: str
     folded: bool  # a solution, for the reader who gives up
+    name: str  # of its document
     shown: "Fence | None" = None  # of a cell: what it shall give
     solutions: "list[Fence]" = field(default_factory=list)  # of a check
 
@@ -85,7 +89,7 @@ class Document:
             before, tags = text[: match.start()], json.loads(match["tags"] or "[]")
             folded = before.count("<!-- #region -->") > before.count("<!-- #endregion -->")
             line = text.count("\n", 0, match.start("text")) + 1
-            fence = Fence(match["language"], tags, line, match["text"], folded)
+            fence = Fence(match["language"], tags, line, match["text"], folded, name)
             last = self.fences[-1] if self.fences else None
             if fence.language == "text" and last and not text[end : match.start()].strip():
                 last.shown = fence
@@ -277,21 +281,21 @@ def limited(timeout):
 class Runner:
     """Runs cells in one namespace, as a notebook does."""
 
-    def __init__(self, document, module="minidist"):
-        self.document, self.module = document, module
+    def __init__(self, document, module="minidist", attempts=None):
+        self.document, self.module, self.attempts = document, module, attempts
         self.namespace = {"__name__": "__main__"}
 
     def compiled(self, fence):
         """The cell, and its last expression or None, as code that knows the document's lines."""
         source = fence.text.replace("from minidist import", f"from {self.module} import")
-        tree = ast.parse("\n" * (fence.line - 1) + source, self.document.name)
+        tree = ast.parse("\n" * (fence.line - 1) + source, fence.name)
         last = None
         if isinstance(tree.body[-1], ast.Expr):
             last = ast.Expression(tree.body.pop().value)
         for part, mode in ((tree, "exec"), (last, "eval")):
             if part is not None:
                 flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-                yield compile(part, self.document.name, mode, flags)
+                yield compile(part, fence.name, mode, flags)
 
     async def execute(self, fence):
         """(What the cell printed and its last value's repr, the exception that it raised)."""
@@ -332,16 +336,34 @@ class Runner:
                 yield self.document.problem(line, found[1])
 
     async def check(self, cell):
-        """A check has to fail on the stub, and to pass with the solution."""
+        """A check has to fail on the stub and on wrong attempts, and to pass with the solution.
+
+        Whoever tries runs it again and again: so it is run twice each time.
+        """
         _, error = await self.execute(cell)
         if error is None:
             return self.document.problem(cell.line, "this check is content with the stub")
         if not isinstance(error, AssertionError):
             return self.failure(cell, error)
-        for solution in [*cell.solutions, cell]:
+        for attempt in self.attempts_at(cell):
+            await self.execute(attempt)
+            for _ in range(2):
+                _, error = await self.execute(cell)
+                if error is None:
+                    text = f"the check at line {cell.line} is content with this attempt"
+                    return self.attempts.problem(attempt.line, text)
+                if isinstance(error, TimeoutError):
+                    return self.failure(cell, error)
+        for solution in [*cell.solutions, cell, cell]:
             _, error = await self.execute(solution)
             if error is not None:
                 return self.failure(solution, error)
+
+    def attempts_at(self, cell):
+        """The wrong attempts that define what one of the solutions defines."""
+        wanted = {name for solution in cell.solutions for name in defined(solution)}
+        attempts = self.attempts.cells if self.attempts else []
+        return [attempt for attempt in attempts if wanted & defined(attempt)]
 
     def failure(self, cell, error):
         """A problem that names the line of the document that failed."""
@@ -352,18 +374,24 @@ class Runner:
         return self.document.problem(lines[-1] if lines else cell.line, text)
 
 
-def run(document, module="minidist"):
+def defined(fence):
+    """The names of the functions of a cell."""
+    return set(re.findall(r"^(?:async )?def (\w+)", fence.text, re.M))
+
+
+def run(document, module="minidist", attempts=None):
     """Run all cells; the list of what is not true."""
 
     async def collect():
-        return [problem async for problem in Runner(document, module).run()]
+        return [problem async for problem in Runner(document, module, attempts).run()]
 
     return asyncio.run(collect())
 
 
 def main():
-    path, module = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "minidist"
-    problems = run(Document(path.read_text(), path.name), module)
+    path, module, *others = sys.argv[1:] + ["minidist"][len(sys.argv) - 2 :]
+    documents = [Document(Path(p).read_text(), Path(p).name) for p in (path, *others)]
+    problems = run(documents[0], module, *documents[1:])
     print(*problems, sep="\n", end="\n" if problems else "")
     return bool(problems)
 

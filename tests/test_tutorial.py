@@ -19,17 +19,18 @@ import minidist
 ROOT = pathlib.Path(minidist.__file__).parent
 SOURCE = (ROOT / "minidist.py").read_text()
 TUTORIAL = book.Document((ROOT / "tutorial.md").read_text())
+ATTEMPTS = book.Document((ROOT / "tests" / "attempts.md").read_text(), "attempts.md")
 
 
 # ---- 1. The tutorial ----
 
 
-def run_in_a_process_of_its_own(module, tmp_path):
+def run_in_a_process_of_its_own(tmp_path, module, *attempts):
     """Run the tutorial's cells: (what was found untrue, whether a process is left behind)."""
     # A worker of a local cluster that is still there holds the other ends of these pipes, and
     # keeps us waiting; what the cells started themselves is in the group of the process.
     process = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "book.py", ROOT / "tutorial.md", module],
+        [sys.executable, ROOT / "tests" / "book.py", ROOT / "tutorial.md", module, *attempts],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -48,14 +49,26 @@ def run_in_a_process_of_its_own(module, tmp_path):
     return found, left_behind
 
 
-def test_every_cell_of_the_tutorial_gives_what_is_shown(tmp_path):
-    assert run_in_a_process_of_its_own("minidist", tmp_path) == ("", False)
+def test_every_cell_of_the_tutorial_gives_what_is_shown_and_every_check_checks(tmp_path):
+    attempts = ROOT / "tests" / "attempts.md"
+    assert run_in_a_process_of_its_own(tmp_path, "minidist", attempts) == ("", False)
 
 
 @pytest.mark.bench
 def test_the_cells_of_the_tutorial_give_the_same_on_dask(tmp_path):
-    found, _ = run_in_a_process_of_its_own("dask.distributed", tmp_path)
+    found, _ = run_in_a_process_of_its_own(tmp_path, "dask.distributed")
     assert found == ""
+
+
+def test_there_are_wrong_attempts_at_every_exercise():
+    asked = [
+        {name for solution in cell.solutions for name in book.defined(solution)}
+        for cell in TUTORIAL.cells
+        if "check" in cell.tags
+    ]
+    attempts = [book.defined(attempt) for attempt in ATTEMPTS.cells]
+    assert all(any(names & attempt for attempt in attempts) for names in asked)
+    assert all(any(names & attempt for names in asked) for attempt in attempts)
 
 
 def test_the_tutorial_has_a_form_that_is_understood():
@@ -263,6 +276,29 @@ def test_elsewhere_cells_import_from_there():
 
 def test_a_check_fails_on_the_stub_and_passes_with_the_solution():
     assert book.run(exercise("x = 0", "assert x == 1", "x = 1")) == []
+
+
+STUB, SOLVED = "def f(): return 0", "def f(): return 1"
+
+
+@pytest.mark.parametrize(
+    "check, attempt, problem",
+    [
+        ("assert f() == 1", "def f(): return 2", None),
+        ("assert f() == 1", "def f(): return 1 / 0", None),
+        ("assert f() > 0", "def f(): return 2", "attempts.md:2: the check at line 5 is content"),
+        ("n = globals().get('n', 0) + 1; assert f() == 1 or n == 3", "def f(): return 2", "a"),
+        ("assert f() == 1; f = None", "def f(): return 2", "tutorial.md:5: "),
+        ("assert f(); sum(iter(f, 1))", "def f(): return 2", "tutorial.md:5: "),
+    ],
+)
+def test_a_check_that_is_content_with_a_wrong_attempt_is_found(
+    check, attempt, problem, monkeypatch
+):
+    monkeypatch.setattr(book, "CELL_SECONDS", 1)
+    attempts = book.Document(f"```python\n{attempt}\n```\n", "attempts.md")
+    problems = book.run(exercise(STUB, check, SOLVED), attempts=attempts)
+    assert [found.startswith(problem) for found in problems] == ([True] if problem else [])
 
 
 @pytest.mark.parametrize(
