@@ -17,7 +17,10 @@ What a document consists of (each form is one that a notebook keeps, by way of j
     ```console     commands of a shell: each ``$ minidist ...`` is one that minidist understands.
 
 In what a cell shows, three dots (``...``) stand for anything within a line, or, alone on a line,
-for any number of lines; and ``~`` before a number, or before a bar of ``#``, for any number or bar.
+for any number of lines; and ``~`` before a number, or before a bar of ``#``, for another one of the
+same sign, which is at most MOST times as large (a slow machine that does much else), and at least
+a LEAST-th of it.  Zero counts as one unit of the last place that is shown: ``~0.00`` as 0.01.
+With another MODULE, both may be ELSEWHERE times as much: what is shown was measured on minidist.
 
 Cells may have tags, as in ```python tags=["exercise"]:
 
@@ -49,6 +52,7 @@ import sys
 import textwrap
 import traceback
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
 LANGUAGES = ("python", "text", "py", "console")
@@ -232,31 +236,52 @@ def problems_of_commands(document, parse):
 # ---- 3. What is run: compare, Runner, run ----
 
 
-NUMBER = r"-?\d+(?:[.,]\d+)*(?:e[+-]\d+)?"
+MOST, LEAST, ELSEWHERE = 50, 20, 10
+NUMBER = r"-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?"
 VARYING = {  # {what stands in a shown output: the regular expression that it stands for}
     r"^\.\.\.\n": r"(?:.*\n)*?",
     r"\.\.\.": r".*",
-    rf" *~{NUMBER}": rf" *{NUMBER}",
-    r" *~#+": r" *#*",
+    rf" *~{NUMBER}": rf" *({NUMBER})",
+    r" *~#+": r" *(#+)",
 }
 
 
 def pattern_of(shown):
-    """The regular expression that a shown output stands for."""
-    pattern = ""
+    """(The regular expression that a shown output stands for, what stands there for its groups)."""
+    pattern, examples = "", []
     for part in re.split(f"({'|'.join(VARYING)})", shown, flags=re.M):
         meant = [meant for form, meant in VARYING.items() if re.fullmatch(form, part)]
         pattern += meant[0] if meant else re.escape(part)
-    return pattern
+        examples += [part.strip(" ~")] if meant and "~" in part else []
+    return pattern, examples
 
 
-def difference(shown, given):
+def near(shown, given, slack=1):
+    """Whether a number, or a bar, may be given where another one is shown behind ``~``."""
+    if "#" in shown:
+        shown, given = str(len(shown)), str(len(given))
+    if shown.startswith("-") != given.startswith("-"):
+        return False
+    shown, given = (abs(Decimal(text.replace(",", ""))) for text in (shown, given))
+    unit = Decimal(1).scaleb(shown.as_tuple().exponent)
+    shown, given = max(shown, unit), max(given, unit)
+    return shown / (LEAST * slack) <= given <= shown * (MOST * slack)
+
+
+def fits(shown, given, slack=1, match=re.fullmatch):
+    """Whether a cell may give this, or with ``re.match`` begin so."""
+    pattern, examples = pattern_of(shown)
+    found = match(pattern, given)
+    return bool(found) and all(near(*pair, slack) for pair in zip(examples, found.groups()))
+
+
+def difference(shown, given, slack=1):
     """None, or (the first line of ``shown`` that does not fit, counted from 0; what is wrong)."""
-    if re.fullmatch(pattern_of(shown), given):
+    if fits(shown, given, slack):
         return None
     lines = shown.splitlines(keepends=True)
     fitting = 0
-    while fitting < len(lines) and re.match(pattern_of("".join(lines[: fitting + 1])), given):
+    while fitting < len(lines) and fits("".join(lines[: fitting + 1]), given, slack, re.match):
         fitting += 1
     expected = lines[fitting].strip() if fitting < len(lines) else "nothing more"
     return min(fitting, len(lines)), f"the document shows {expected!r}, but the cell gave:\n{given}"
@@ -330,7 +355,8 @@ class Runner:
                 given += f"{type(error).__name__}: {error}\n"
             elif "raises-exception" in cell.tags:
                 yield self.document.problem(cell.line, "this cell raises nothing")
-            found = difference(cell.shown.text if cell.shown else "", given)
+            slack = 1 if self.module == "minidist" else ELSEWHERE
+            found = difference(cell.shown.text if cell.shown else "", given, slack)
             if found:
                 line = cell.shown.line + found[0] if cell.shown else cell.line
                 yield self.document.problem(line, found[1])

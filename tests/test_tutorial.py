@@ -7,6 +7,7 @@ only minidist has.  That test is marked ``bench``, since it needs the extra of t
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -146,8 +147,13 @@ def exercise(stub, check, *solution):
         ("key: inc-...>\n", "key: inc-1a2b>\n"),
         ("first\n...\nlast\n", "first\nlast\n"),
         ("first\n...\nlast\n", "first\na\nb\nlast\n"),
-        ("~0.25 s\n", "1,234.5 s\n"),
-        ("in  ~0.25 s\n", "in 1e-07 s\n"),
+        ("~25 s\n", "1,234.5 s\n"),
+        ("in  ~1e-06 s\n", "in 1.5e-07 s\n"),
+        ("~0.25 s\n", "12.5 s\n"),
+        ("~0.25 s\n", "0.02 s\n"),
+        ("~0.00 s\n", "0.50 s\n"),
+        ("~0.20 s\n", "0.00 s\n"),
+        ("~-2\n", "-1\n"),
         ("1 ms ~### |\n", "1 ms ########## |\n"),
         ("about ~3.\n", "about 17.\n"),
     ],
@@ -168,11 +174,44 @@ def test_an_output_may_vary_where_the_document_says_so(shown, given):
         ("~0.25 s\n", "soon s\n", 0),
         ("0.25 s\n", "0.26 s\n", 0),
         ("~### |\n", "*** |\n", 0),
+        ("~### |\n", " |\n", 0),
+        ("~# |\n", "#" * 51 + " |\n", 0),
+        ("~0.25 s\n", "12.51 s\n", 0),
+        ("~0.25 s\n", "0.01 s\n", 0),
+        ("~0.40 s\n", "0.00 s\n", 0),
+        ("~0.00 s\n", "9.99 s\n", 0),
+        ("~8 others\n", "-5 others\n", 0),
+        ("~-1\n", "3\n", 0),
+        ("~12 us\n~64 us\n", "12 us\n99999 us\n", 1),
+        ("~0.01 ~0.02 ~0.08\n", "0.01 5.00 0.08\n", 0),
         ("one\n~2\nthree\n", "one\n2\n3\n", 2),
     ],
 )
 def test_an_output_that_is_another_is_found_with_its_line(shown, given, line):
     assert book.difference(shown, given)[0] == line
+
+
+WILD = [
+    (cell.shown, place)
+    for cell in TUTORIAL.cells
+    if cell.shown
+    for place in re.finditer(rf"~(#+|{book.NUMBER})", cell.shown.text)
+]
+
+
+def huge(text):
+    return 60 * text if "#" in text else "9999" + text
+
+
+@pytest.mark.parametrize("change", [huge, "-{}".format, "soon {}".format])
+def test_every_number_of_the_tutorial_that_may_vary_is_held_in_bounds(change):
+    assert len(WILD) > 40
+    for shown, place in WILD:
+        before, after = shown.text[: place.start()], shown.text[place.end() :].replace("~", "")
+        given = before.replace("~", "")
+        assert book.difference(shown.text, given + place[1] + after) is None
+        line, _ = book.difference(shown.text, given + change(place[1]) + after)
+        assert line == before.count("\n")
 
 
 def test_cells_are_run_in_order_and_in_one_namespace_as_in_a_notebook():
