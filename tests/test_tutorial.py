@@ -4,6 +4,7 @@ On dask.distributed the same cells are run, but for those with the tag "minidist
 only minidist has.  That test is marked ``bench``, since it needs the extra of that name.
 """
 
+import ast
 import contextlib
 import os
 import pathlib
@@ -112,6 +113,22 @@ def test_the_tutorial_has_a_place_for_every_public_name(owner):
     names = {name for name in vars(owner) if name[0] != "_"}
     names -= {*vars(minidist.Body), "introduce", "client"}  # What is for the inside.
     assert [name for name in names if f"`{owner.__name__}.{name}`" not in TUTORIAL.prose] == []
+
+
+def test_every_public_call_occurs_in_a_cell():
+    """That is what the table at the end lists, and README in its chapter "Use"."""
+    table = "\n".join(re.findall(r"^\| `.*", TUTORIAL.text.split("\n## Every call, and")[1], re.M))
+    readme = (ROOT / "README.md").read_text().split("\n## Use\n")[1].split("\n## ")[0]
+    calls = {name for names in re.findall(r"`([\w.]+)[`(]", table) for name in names.split(".")}
+    imports = re.findall(r"^from minidist import (.*)$", readme, re.M)
+    calls |= {name for names in imports for name in names.split(", ")}
+    owners = (minidist.Client, minidist.Future, minidist.as_completed)
+    methods = {name for owner in owners for name in vars(owner)}
+    calls |= {*re.findall(r"\b[a-zA-Z_]+\b", readme)} & methods
+    assert len(calls) > 50
+    nodes = [node for cell in TUTORIAL.cells for node in ast.walk(ast.parse(cell.text))]
+    fields = [getattr(node, field, None) for node in nodes for field in ("id", "attr", "arg")]
+    assert sorted(calls - set(fields)) == []
 
 
 # ---- 2. The machinery: it finds what is not true, and says where ----
