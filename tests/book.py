@@ -372,14 +372,14 @@ class Runner:
         if not isinstance(error, AssertionError):
             return self.failure(cell, error)
         for attempt in self.attempts_at(cell):
-            await self.execute(attempt)
-            for _ in range(2):
-                _, error = await self.execute(cell)
-                if error is None:
+            for tried in (attempt, cell, cell):
+                _, error = await self.execute(tried)
+                if error is None and tried is cell:
                     text = f"the check at line {cell.line} is content with this attempt"
                     return self.attempts.problem(attempt.line, text)
-                if isinstance(error, TimeoutError):
-                    return self.failure(cell, error)
+                if isinstance(error, (TimeoutError, NameError, SyntaxError)):
+                    text = f"after this attempt: {type(error).__name__}: {error}"
+                    return self.attempts.problem(attempt.line, text)
         for solution in [*cell.solutions, cell, cell]:
             _, error = await self.execute(solution)
             if error is not None:

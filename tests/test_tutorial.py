@@ -98,7 +98,7 @@ def test_every_command_line_is_understood():
 
 
 def test_every_chapter_of_part_one_has_one_objective_and_one_exercise():
-    part = TUTORIAL.text.split("\n# Part I: use it\n")[1].split("\n# ")[0]
+    part = TUTORIAL.text.split("\n# Part I: use it\n")[1].split("\n\n# ")[0]
     chapters = part.split("\n## ")[1:]
     assert [int(chapter.split(".")[0]) for chapter in chapters] == list(range(1, 12))
     for chapter in chapters:
@@ -345,7 +345,13 @@ STUB, SOLVED = "def f(): return 0", "def f(): return 1"
         ("assert f() > 0", "def f(): return 2", "attempts.md:2: the check at line 5 is content"),
         ("n = globals().get('n', 0) + 1; assert f() == 1 or n == 3", "def f(): return 2", "a"),
         ("assert f() == 1; f = None", "def f(): return 2", "tutorial.md:5: "),
-        ("assert f(); sum(iter(f, 1))", "def f(): return 2", "tutorial.md:5: "),
+        (
+            "assert f(); sum(iter(f, 1))",
+            "def f(): return 2",
+            "attempts.md:2: after this attempt: Tim",
+        ),
+        ("assert f() == 1", "def f(): return x", "attempts.md:2: after this attempt: NameError"),
+        ("assert f() == 1", "def f(): = 2", "attempts.md:2: after this attempt: SyntaxError"),
     ],
 )
 def test_a_check_that_is_content_with_a_wrong_attempt_is_found(
