@@ -1760,10 +1760,10 @@ class SchedulerMind(Mind):
         """No worker that is here may run it.  Its users are warned: it may be a wrong name."""
         self.unrunnable[ts] = None
         wanted = ts
-        while wanted.waiters and not wanted.who_wants:  # Only what is made from it is.
-            wanted = next(iter(wanted.waiters))
-        for cs in wanted.who_wants:
-            self.warn(cs, ts)
+        while wanted:
+            for cs in wanted.who_wants:
+                self.warn(cs, ts)
+            wanted = next(iter(wanted.waiters), None)  # Or what is made from it is.
 
     def leave_no_worker(self, ts):
         del self.unrunnable[ts]
@@ -1793,10 +1793,8 @@ class SchedulerMind(Mind):
         thread until it ends.  If the task is wanted again before, that is another attempt.
         """
         # dask: such a task is "cancelled" on its worker, "resumed" if it is wanted again meanwhile.
-        if ts.processing_on and ts.run_spec:
+        if ts.processing_on:
             self.send(ts.processing_on.id, "give-back", [ts.attempt])  # If it has not started.
-        elif ts.processing_on:
-            self.end_arrival(ts, ts.attempt)
         ts.processing_on = None
 
     def enter_memory(self, ts):

@@ -102,6 +102,29 @@ def test_a_broadcast_is_over_when_each_worker_has_it_or_is_gone():
     assert {one, other, worker} == {*"uvw"} and {*news["holders"]} == {one, worker}
 
 
+def test_data_that_is_on_two_workers_is_given_up_where_it_could_not_be_fetched():
+    s = Scheduler("v", "w")
+    worker, attempt = scattered(s)
+    (other,) = {"v", "w"} - {worker}
+    s.stimulus_add_keys(other, [("d", attempt)])
+    sent(s)
+    s.stimulus_fetch_missed("c", "d", 1, attempt, [worker])
+    ((freed, _, _), (_, op, news)) = sent(s)
+    assert (freed, op, news["holders"]) == (worker, "key-in-memory", [other])
+
+
+def test_what_runs_with_data_that_was_lost_is_cancelled_and_goes_on_in_vain():
+    s = Scheduler("v", "w")
+    worker, _ = scattered(s)
+    s.submit("blocks", workers=[worker], want=2), s.submit("y", "d", workers=["v", "w"], want=3)
+    (other,) = {"v", "w"} - {worker}
+    assert s.tasks["y"].processing_on.id == other
+    sent(s)
+    s.stimulus_worker_left(worker)
+    assert [f["key"] for f in told(s, "c", "key-cancelled")] == ["d", "y"]
+    assert "y" not in s.states() and len(s.workers[other].processing) == 1
+
+
 def test_a_broadcast_of_what_is_in_memory_copies_it_too():
     s = Scheduler("v", "w")
     holder, attempt = scatter(s)
@@ -456,6 +479,19 @@ def test_each_client_is_warned_once_of_each_kind_of_worker_that_is_not_there():
     s.stimulus_register_worker("w", "name of w", 1, [], [])
     s.stimulus_worker_left("w")
     assert len(told(s, "d", "warning")) == 1, "again, since there was one"
+
+
+def test_both_are_warned_who_wants_it_and_who_wants_what_is_made_from_it():
+    s = Scheduler("w", clients=("c", "d"))
+    s.submit("x"), s.submit("x", client="d"), s.submit("y", "x", client="d")
+    s.release("x", client="d")
+    sent(s)
+    s.stimulus_worker_left("w")
+    assert s.states() == {"x": "no-worker", "y": "waiting"}
+    assert [(peer, op) for peer, op, _ in sent(s) if op == "warning"] == [
+        ("c", "warning"),
+        ("d", "warning"),
+    ]
 
 
 def test_who_wants_only_what_is_made_from_it_is_warned_too():
