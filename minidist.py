@@ -1990,24 +1990,26 @@ class SchedulerMind(Mind):
 
         ``sign`` is +1, -1, or 0 where only the load may be another.  An attempt counts with what
         its function was known to take when it was sent, however long it takes in the end.  It takes
-        as much of the room; but if it is not short, all that one thread has, ROOM_US.  Beside a
-        suspect, and on a worker that is late, there is no room.
+        as much of the room; but if it is not short, all that one thread has, ROOM_US.
         """
         ws.occupancy += sign * duration_us
         ws.taken_us += sign * min(duration_us, ROOM_US)
-        room_us = 0 if ws.alone or ws.late else ws.nthreads * ROOM_US
-        if ws not in self.staying:
-            load = LEAVING
-        elif len(ws.processing) < ws.nthreads and not ws.alone:
-            load = FREE if ws.processing else EMPTY
-        else:
-            load = ROOM if ws.taken_us < room_us else FULL
+        load = self.load_of(ws)
         if load != ws.load:
             del self.by_load[ws.load][ws]
             ws.load = load
             self.by_load[load][ws] = None
         if sign < 0:
             self.changed[ws] = None
+
+    def load_of(self, ws):
+        """How loaded it is.  Beside a suspect, and on a worker that is late, there is no room."""
+        if ws not in self.staying:
+            return LEAVING
+        if len(ws.processing) < ws.nthreads and not ws.alone:
+            return FREE if ws.processing else EMPTY
+        room_us = 0 if ws.alone or ws.late else ws.nthreads * ROOM_US
+        return ROOM if ws.taken_us < room_us else FULL
 
     def withdraw(self, ws):
         """It takes no work any more: what waits for it is placed again.
@@ -2263,7 +2265,7 @@ class SchedulerMind(Mind):
         assert ws.nbytes == sum(ts.nbytes for ts in ws.has_what), ws
         assert ws.occupancy == sum(durations) + sum(ws.queue.values()), ws
         assert ws.taken_us == sum(min(d, ROOM_US) for d in durations), ws
-        assert ws.load == LEAVING or (ws.load == EMPTY) == (not ws.processing), ws
+        assert ws.load == self.load_of(ws), ws
         assert not ws.alone or (ws.load >= FULL and len(ws.processing) == 1), ws
         assert [ws in group for group in self.by_load] == [i == ws.load for i in range(5)], ws
         # W2. Who leaves waits for a copy that is under way.
@@ -4262,11 +4264,11 @@ def outcome(state):
 
 
 def to_be_raised(error):
-    """What ``result()`` raises: the task's own exception, unless it would end a loop in silence.
+    """What ``result()`` raises: the task's own exception, unless it would mean something here.
 
-    (As PEP 479 has it for generators.)
+    It would end a loop, or cancel who awaits it, in silence.  (As PEP 479 has it for generators.)
     """
-    if isinstance(error, (StopIteration, StopAsyncIteration)):
+    if isinstance(error, (StopIteration, StopAsyncIteration, asyncio.CancelledError)):
         stop = RuntimeError(f"the task raised {type(error).__name__}")
         stop.__cause__ = error
         return stop
@@ -4660,8 +4662,10 @@ class Client(Threaded, Body):
             check_key(key)
         if len(keys) != len(calls):
             raise ValueError(f"map got {len(keys)} keys for {len(calls)} calls")
-        function, rest = dump_function(func), (pure, options, prefix)
-        return [self._submit(function, a, kwargs, k, *rest) for a, k in zip(calls, keys)]
+        function, rest, futures = dump_function(func), (pure, options, prefix), []
+        for args, key in zip(calls, keys, strict=True):  # (No frame more, for the warning's place.)
+            futures.append(self._submit(function, args, kwargs, key, *rest))
+        return futures
 
     def _options(self, func, kwargs):
         """Take the options of a task out of ``kwargs``: (priority, workers, loose, retries)."""
@@ -5127,7 +5131,7 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
     TimeoutError is raised.
 
     More futures may be added meanwhile: those of calls that a result makes worth trying.  Futures
-    of one iterator belong to one client.  (``loop`` has no effect; dask has it.)
+    of one iterator belong to one client, and are kept until they are done, also if it is dropped.  (``loop`` has no effect; dask has it.)
     """
 
     def __init__(

@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import functools
 import gc
+import inspect
 import math
 import operator
 import os
@@ -1104,6 +1105,28 @@ def test_a_task_that_stops_an_iteration_does_not_end_a_loop_over_results():
             list(minidist.as_completed(futures, with_results=True))
         with pytest.raises(RuntimeError, match="StopIteration"):
             c.run(next, iter(()))
+
+
+@on_cluster
+async def test_a_task_that_is_cancelled_does_not_cancel_who_awaits_it(c, a, b):
+    async def give_up():
+        task = asyncio.ensure_future(asyncio.sleep(30))
+        task.cancel()
+        await task
+
+    future = c.submit(give_up)
+    with pytest.raises(RuntimeError, match="the task raised CancelledError"):
+        await future
+    assert isinstance(await future.exception(), asyncio.CancelledError)
+
+
+def test_the_warning_of_a_large_call_names_the_line_of_the_user():
+    with Client(n_workers=0) as c, pytest.warns(UserWarning, match="scatter large") as warned:
+        large = bytes(11_000_000)
+        lines = [inspect.currentframe().f_lineno + n for n in (1, 2)]
+        c.submit(len, large)
+        c.map(len, [large])
+    assert [(w.filename, w.lineno) for w in warned] == [(__file__, line) for line in lines]
 
 
 FAILS = [True]

@@ -850,6 +850,17 @@ def test_what_was_on_a_worker_that_died_runs_alone_and_only_who_was_alone_is_bla
     assert kind == "KilledWorker" and text.count("exit code 3 at 12:00:00") == ALLOWED_FAILURES + 1
 
 
+def test_what_has_had_a_value_is_blamed_for_no_death_before_that():
+    s = Scheduler("w0")
+    s.submit("x")
+    for n in range(2 * ALLOWED_FAILURES):
+        s.stimulus_worker_left(f"w{n}")
+        s.stimulus_register_worker(f"w{n + 1}", f"w{n + 1}", 1, [], [])
+        if n + 1 == ALLOWED_FAILURES:
+            s.finish("x")  # And with the next worker it is lost.
+    assert s.states() == {"x": "processing"} and s.tasks["x"].deaths
+
+
 def test_a_suspect_is_not_sent_to_a_worker_that_holds_something_else():
     s = Scheduler("v", "w", nthreads=2)
     s.submit("on v", workers=["name of v"])

@@ -209,6 +209,22 @@ def test_a_value_whose_holders_are_all_gone_is_reported_and_not_waited_for():
     assert (x.status, sent(client)) == ("pending", [(SCHEDULER, "fetch-missed", fields)])
 
 
+def test_short_tasks_are_sent_a_millisecond_deep():
+    s = Scheduler("w").measured("f", duration_us=10)
+    for n in range(500):
+        s.submit(f"x{n}", name="f")
+    assert 100 <= len(s.computing()) <= 102
+
+
+def test_several_attempts_may_bear_one_key():
+    w = WorkerByHand().compute(7, key="y").compute(8, key="y")
+    w.stimulus_take()
+    w.stimulus_take()
+    w.stimulus_finished(8, 2, 1, "int", 10, ())
+    w.stimulus_finished(7, 1, 1, "int", 10, ())
+    assert set(w.data) == {("y", 7), ("y", 8)}
+
+
 def test_long_tasks_are_not_hoarded():
     s = Scheduler("w", nthreads=3).measured("f", duration_us=2_000_000)
     for n in range(20):
