@@ -445,7 +445,7 @@ class FetchingMind(Mind):
     def __init__(self):
         super().__init__()
         self.fetching = {}  # {(key, attempt): (holders still to be tried, those that missed)}
-        self.requests = {}  # an ordered set of (holder, (key, attempt)): requests under way
+        self.requests = {}  # {holder: {(key, attempt): None}}: requests that are under way
         self.dead = {}  # an ordered set of workers that are dead: they are not asked
 
     def need(self, name, holders):
@@ -465,9 +465,9 @@ class FetchingMind(Mind):
         if not holders:
             del self.fetching[name]
             self.missed(name, misses)
-        elif (holders[0], name) not in self.requests:
+        elif name not in self.requests.setdefault(holders[0], {}):
             # (Otherwise it was dropped and is wanted again: the request under way serves.)
-            self.requests[holders[0], name] = None
+            self.requests[holders[0]][name] = None
             self.send_name(holders[0], "get-data", name)
 
     def stimulus_data(self, holder, key, attempt, status, value):
@@ -478,7 +478,7 @@ class FetchingMind(Mind):
         of a ``(key, attempt)`` are one value.
         """
         name = (key, attempt)
-        if (holder, name) in self.requests:
+        if name in self.requests.get(holder, ()):
             self.end_request(holder, name, status == "missing")
             if name in self.fetching and status != "missing":  # Else it was dropped meanwhile.
                 del self.fetching[name]
@@ -491,7 +491,7 @@ class FetchingMind(Mind):
         A fault between two that are both alive looks just like a dead holder from here; so the next
         one is asked, and the scheduler hears of it in the end.
         """
-        for name in [name for asked, name in self.requests if asked == holder]:
+        for name in list(self.requests.get(holder, ())):
             self.end_request(holder, name, missed=True)
         self.settle()
 
@@ -508,7 +508,9 @@ class FetchingMind(Mind):
 
     def end_request(self, holder, name, missed):
         """A request is over; if it was missed by the holder that we wait for, ask the next."""
-        del self.requests[holder, name]
+        del self.requests[holder][name]
+        if not self.requests[holder]:
+            del self.requests[holder]
         holders, misses = self.fetching.get(name, ((), ()))
         if missed and holders and holders[0] == holder:
             misses.append(holders.pop(0))
@@ -519,7 +521,9 @@ class FetchingMind(Mind):
         assert not self.marked
         for name, (holders, misses) in self.fetching.items():
             # F1. A wanted value is asked of the first holder that has not been tried.
-            assert (holders[0], name) in self.requests and not set(holders) & set(misses), name
+            assert name in self.requests[holders[0]] and not set(holders) & set(misses), name
+        # F2. No empty request is kept.
+        assert all(self.requests.values())
 
 
 # ---- 2. Client mind: FutureState, ClientMind ----

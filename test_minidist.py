@@ -767,7 +767,7 @@ class Cluster:
         """The data connections in use, and the keys of what travels there: {(peer, holder): keys}"""
         links = {}
         for peer in [*self.ids("c"), *self.ids("w")]:
-            asked = [(holder, key) for holder, (key, _) in self.minds[peer].requests]
+            asked = [(h, key) for h, some in self.minds[peer].requests.items() for key, _ in some]
             puts = self.minds[peer].puts if peer in self.held else {}
             for holder, key in asked + [(w, state.key) for state, (w, _) in puts.items()]:
                 if to in (None, holder):
