@@ -5378,15 +5378,19 @@ class LocalCluster(Threaded):
         # interpreter's lock makes a worker silent, too.
         self.scheduler = Scheduler(**{"worker_ttl": 300, **options})
         self.workers = []  # the Workers, if they live in this process
-        self.keepers = []  # for each worker an asyncio task
+        self.keepers = []  # else for each worker an asyncio task
         self._live(asynchronous)
 
     async def _start(self):
-        await self.scheduler
+        await self.scheduler.__aenter__()
         self.address = self.scheduler_address = self.scheduler.address
         end = self.scheduler.start(self._end())
-        keep = self._keep_process if self.processes else self._keep_here
-        self.keepers = [self.scheduler.start(keep(str(n))) for n in range(self.n_workers)]
+        for name in map(str, range(self.n_workers)):
+            if self.processes:
+                self.keepers.append(self.scheduler.start(self._keep(name)))
+            else:
+                self.workers.append(Worker(self.address, self.threads_per_worker, name))
+                await self.workers[-1].__aenter__()
         deadline = time.monotonic() + LIMITS["start_seconds"]
         while (there := len(self.scheduler.state.workers)) < self.n_workers:
             if time.monotonic() > deadline:
@@ -5400,14 +5404,7 @@ class LocalCluster(Threaded):
         await self.scheduler.ended.wait()
         await self._close()
 
-    async def _keep_here(self, name):
-        """Run a worker in this process, until the scheduler says good-bye to it."""
-        worker = Worker(self.address, self.threads_per_worker, name)
-        self.workers.append(worker)
-        async with worker:
-            await asyncio.wait([worker.finished])
-
-    async def _keep_process(self, name):
+    async def _keep(self, name):
         """Run a worker process; when it is lost, another, until the cluster ends."""
         arguments = [self.address, "--nthreads", self.threads_per_worker, "--name", name, "--quiet"]
         arguments += ["--log-level", "warning"]  # As here: a task may have a cluster of its own.
@@ -5421,6 +5418,8 @@ class LocalCluster(Threaded):
 
     async def _close(self):
         """Workers that do not end by themselves, since a task keeps them busy, are killed."""
+        for worker in self.workers:
+            await worker.close()
         if self.scheduler.server and not self.scheduler.ended.is_set():
             self.scheduler.ended.set()
             self.scheduler.happens("shutdown", "its LocalCluster")
