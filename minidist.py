@@ -3334,12 +3334,10 @@ class Body(Shown, Entered):
         return task
 
     async def stop(self):
-        """Listen no more, send what waits; cancel its tasks, and wait until they are gone.
+        """Send what waits; cancel its tasks, and wait until they are gone.
 
         So nothing of it goes on when it has closed, in a loop that may be the user's.
         """
-        if self.server:
-            self.server.close()
         for link in self.links.values():
             link.flush()
         others = self.tasks - {asyncio.current_task()}
@@ -3558,6 +3556,8 @@ class Scheduler(Body):
 
         What the cluster holds is gone with it.  Twice is harmless.
         """
+        if self.server:
+            self.server.close()
         if self.ended.is_set() and self.links:
             # They were told good-bye, and hang up first: if we did while something of theirs is
             # under way, TCP would reset the connection, and they might not read the good-bye.
@@ -3819,6 +3819,8 @@ class Worker(Body):
         with self.lock:
             self.closed = True
             self.lock.notify_all()
+        if self.server:  # Else it has not been started.
+            self.server.close()
         await self.stop()
         if self.scheduler:
             await self.scheduler.close()
