@@ -4776,9 +4776,10 @@ class Client(Threaded, Body):
 
         if isinstance(data, (collections.abc.Iterator, Future)):
             raise TypeError(f"{data!r:.80} cannot be scattered: gather it, or make it a list")
+        named = isinstance(data, tuple) and hasattr(data, "_make")
         if type(data) is dict:
             futures = {key: scatter_one(item, check_key(key)) for key, item in data.items()}
-        elif type(data) in (list, tuple, set, frozenset, range) or hasattr(type(data), "_make"):
+        elif named or type(data) in (list, tuple, set, frozenset, range):
             make = list if type(data) is range else getattr(data, "_make", type(data))
             futures = make(scatter_one(item) for item in data)
         else:
