@@ -125,7 +125,7 @@ LIMITS = {
 }
 
 SCHEDULER = "scheduler"  # the peer, seen from clients and workers
-ANOTHER_CALL = "the key {!r} is known with another call, or other data: that result is used"
+ANOTHER_CALL = "the key {!r} is known, perhaps with another call or other data: that one is used"
 
 # All that is ever said.  A message is a list: its op, then its fields in the order of its line
 # here, and in that order its stimulus takes them, after the peer from which it came.  So to read a
@@ -553,7 +553,7 @@ class FutureState:
 
     key: "str | tuple"
     want: int  # its number: another each time that the key comes to be wanted, or is retried
-    call: int = 0  # a hash of what was submitted, or scattered, first
+    call: "int | None" = None  # a hash of what was submitted, or scattered, first
     status: str = "pending"  # or "finished", "error", "cancelled": the words that users see
     count: int = 1  # live Future objects
     asked: bool = False  # somebody waits for the value, not only for its existence
@@ -796,8 +796,9 @@ class ClientMind(FetchingMind):
         state = self.futures.get(key)
         if state is not None:
             state.count += 1
-            if state.call != call:
+            if state.call not in (call, None):
                 self.warnings.append(ANOTHER_CALL.format(key))
+                state.call = None  # Once is enough.
         return state
 
     def let_go(self, state, text, kept=""):
@@ -1057,6 +1058,7 @@ class SchedulerMind(Mind):
         self.clients = {}  # {id: ClientState}
         self.queue = HeapSet()  # runnable tasks that any worker may take
         self.unrunnable = {}  # an ordered set of the tasks in "no-worker"
+        self.passed = {}  # {(task, restrictions)}: whose clients are warned in this moment
         # Every worker stands in the set of its load.  (OrderedDict: its first is found at once,
         # however many were taken out before it; in a dict they would be passed over each time.)
         self.by_load = [OrderedDict() for _ in range(5)]
@@ -1471,7 +1473,9 @@ class SchedulerMind(Mind):
         ws = self.workers[worker]
         for key, attempt in names:
             ts = self.tasks.get(key)
-            if ts is None or ts.attempt != attempt:  # Let go or lost meanwhile.
+            arrives = ws.arriving.get(attempt) is ts
+            if ts is None or ts.attempt != attempt or not (ts.who_has or arrives):
+                # Let go or lost meanwhile.
                 self.send_name(worker, "free-keys", (key, attempt))
                 continue
             self.add_replica(ts, ws)
@@ -1510,7 +1514,7 @@ class SchedulerMind(Mind):
         if ts.who_has:
             return "memory"
         if ts.processing_on:
-            return "processing"  # Only the end of its attempt changes that.
+            return "processing"  # Only the end of its attempt changes that, or an error.
         waits = ts.state in ("waiting", "queued", "no-worker")
         if not waits or ts.waiting_on or not (ts.run_spec or ts.givers):
             return "waiting"  # (For nothing, if it is data that nobody gives: see ``give_up``.)
@@ -1529,6 +1533,7 @@ class SchedulerMind(Mind):
             self.fill()
             ws = self.may_go()
             if ws is None:
+                self.passed.clear()
                 return
             self.send(ws.id, "goodbye")
             self.lose(ws.id, "it said good-bye")
@@ -1763,11 +1768,13 @@ class SchedulerMind(Mind):
     def enter_no_worker(self, ts):
         """No worker that is here may run it.  Its users are warned: it may be a wrong name."""
         self.unrunnable[ts] = None
-        wanted = ts
-        while wanted:
-            for cs in wanted.who_wants:
-                self.warn(cs, ts)
-            wanted = next(iter(wanted.waiters), None)  # Or what is made from it is.
+        found = [ts]
+        for wanted in found:  # It grows meanwhile, by what is made from it.
+            if (wanted, ts.restrictions) not in self.passed:
+                self.passed[wanted, ts.restrictions] = None
+                for cs in wanted.who_wants:
+                    self.warn(cs, ts)
+                found += wanted.waiters
 
     def leave_no_worker(self, ts):
         del self.unrunnable[ts]
@@ -1791,7 +1798,7 @@ class SchedulerMind(Mind):
         self.send(ws.id, "compute-task", *call)
 
     def leave_processing(self, ts):
-        """Its attempt has ended (and ``processing_on`` is None), or nobody needs it any more.
+        """Its attempt has ended (and ``processing_on`` is None); or it is not needed, or in vain.
 
         Then the worker is asked to give it back; if it has begun, it is abandoned, and occupies its
         thread until it ends.  If the task is wanted again before, that is another attempt.
@@ -1927,7 +1934,7 @@ class SchedulerMind(Mind):
                 self.end_arrival(ts, ts.attempt)
 
     def cancel(self, ts, text, only=None):
-        """Let clients, or ``only`` one, go of ``ts`` and of all that was to be made from it."""
+        """Let clients, or ``only`` one, go of ``ts`` and of all that is made from it."""
         found, seen = [ts], {ts}
         for each in found:  # It grows meanwhile.
             for cs in [cs for cs in each.who_wants if only in (None, cs)]:
@@ -1942,7 +1949,8 @@ class SchedulerMind(Mind):
 
         There is no call that makes it, and no client that gives it any more (``givers`` is empty
         from the moment when it was in memory: a client keeps no copy of all that it ever
-        scattered).  So it has failed, and that spreads like any other error.  But no call has
+        scattered).  So it has failed, and that spreads as errors do, and further: to what is
+        processing with it.  But no call has
         raised, and a retry would be of no use: so all wants that need it end (``tell``).  What has
         its value already is not touched by the loss.  When nobody wants what waited for it, it has
         no waiters, and is forgotten like any other data.
@@ -2073,7 +2081,7 @@ class SchedulerMind(Mind):
                 self.copy(ts, ws)
 
     def end_arrival(self, ts, attempt):
-        """A put or a copy is there, or it failed, or its worker is gone.
+        """A put or a copy is there, or failed; or its worker or giver is gone; or it is of no use.
 
         After the last copy, whoever wants the value is told who holds it now.
         """
@@ -2197,7 +2205,7 @@ class SchedulerMind(Mind):
 
     def validate(self):
         """Assert every invariant.  Slow by design: a live process does so only when asked to."""
-        assert not (self.marked or self.changed)
+        assert not (self.marked or self.changed or self.passed)
         tasks, workers = self.tasks.values(), self.workers.values()
         for ts in tasks:
             self.validate_task(ts)
@@ -2213,6 +2221,7 @@ class SchedulerMind(Mind):
         queues = [self.queue, *(ws.queue for ws in workers)]
         assert all(ts.queue is queue for queue in queues for ts in queue)
         assert sum(map(len, queues)) == sum(ts.queue is not None for ts in tasks)
+        assert not any(self.queue.values())
         assert all({*queue} <= {ts for _, ts in queue.heap} for queue in queues)
         assert [queue.worker for queue in queues] == [None, *workers]
         assert set(self.unrunnable) == {ts for ts in tasks if ts.state == "no-worker"}
@@ -2236,7 +2245,7 @@ class SchedulerMind(Mind):
         assert (ts.queue is not None) == (ts.state == "queued"), ts
         assert (ts.processing_on is not None) == (ts.state == "processing"), ts
         assert bool(ts.who_has) == (ts.state == "memory"), ts
-        assert bool(ts.error) == (ts.state == "erred"), ts
+        assert bool(ts.error) == (ts.state == "erred") and GIVEN_UP not in ts.error, ts
         assert bool(ts.attempt) == (ts.state in ("processing", "memory")) and not ts.value, ts
         assert (ts.attempt in ts.arriving) == (ts.state == "processing" and not ts.run_spec), ts
         assert ts.state == "memory" or not (ts.stuck or {*ts.arriving} - {ts.attempt}), ts
@@ -3993,6 +4002,8 @@ class Worker(Body):
             for answer in answers:
                 connection.send(answer)
             await connection.written()
+            if connection.writer.is_closing():
+                return  # Nobody is there any more.
 
     def next_answers(self, names):
         """What to say of the next of ``names``: of a large value, or of many small ones.
@@ -4231,7 +4242,7 @@ class Future(Shown):
     def _facts(self):
         state = FutureState(self.key, 0)
         with contextlib.suppress(OSError, RuntimeError):  # In the loop, nobody can wait.
-            state = self._known(timeout=1)
+            state = self._known(timeout=0.1)
         kind = [f"type: {state.type}"] if state.status == "finished" else []
         return [state.status, *kind, f"key: {self.key}"]
 
@@ -4495,7 +4506,7 @@ class Client(Threaded, Body):
         self.flush()
 
     def take(self, peer, op, fields):
-        """What a user asked for outside of futures, and warnings, are not the mind's business."""
+        """What a user asked for outside of futures, and the scheduler's warnings, are for users."""
         if op == "warning":
             logger.warning("%s", *fields)
         elif op == "goodbye":
@@ -4507,7 +4518,7 @@ class Client(Threaded, Body):
             super().take(peer, op, fields)
 
     def flush(self):
-        """Act on what was posted, and send what comes of it; wake who waits for what is news.
+        """Act on what was posted, and send what comes of it; wake who waits for what is news; warn.
 
         Each looks at the state itself, and waits on if it is not yet what it waits for.
 
@@ -4776,10 +4787,9 @@ class Client(Threaded, Body):
 
         if isinstance(data, (collections.abc.Iterator, Future)):
             raise TypeError(f"{data!r:.80} cannot be scattered: gather it, or make it a list")
-        named = isinstance(data, tuple) and hasattr(data, "_make")
         if type(data) is dict:
             futures = {key: scatter_one(item, check_key(key)) for key, item in data.items()}
-        elif named or type(data) in (list, tuple, set, frozenset, range):
+        elif type(data) in (list, tuple, set, frozenset, range) or is_namedtuple(data):
             make = list if type(data) is range else getattr(data, "_make", type(data))
             futures = make(scatter_one(item) for item in data)
         else:
@@ -4804,6 +4814,8 @@ class Client(Threaded, Body):
 
     def gather(self, futures, errors="raise", direct=None):
         """The results of futures in nested lists, tuples, sets and dicts, in the same shape.
+
+        (What is of another class, say a ``defaultdict``, stays as it is, when its futures are done.)
 
         ``errors="raise"`` raises the first exception; ``errors="skip"`` leaves what failed out of
         lists, and puts None in its place elsewhere.  Results come directly from the workers,
@@ -5046,6 +5058,10 @@ def listed(obj):
     return list(obj) if isinstance(obj, views) else obj
 
 
+def is_namedtuple(obj):
+    return isinstance(obj, tuple) and hasattr(obj, "_make")
+
+
 def leaves_of(obj):
     """The futures in nested lists, tuples, sets and dicts; what else there is, is passed over."""
     if isinstance(obj, Future):
@@ -5064,7 +5080,7 @@ def rebuild(obj):
         return None if failed(obj._state) else outcome(obj._state)
     if type(obj) is dict:
         return {key: rebuild(value) for key, value in obj.items()}
-    if type(obj) in (list, tuple, set, frozenset) or hasattr(type(obj), "_make"):
+    if type(obj) in (list, tuple, set, frozenset) or is_namedtuple(obj):
         gone = Future if isinstance(obj, list) else ()
         items = [rebuild(i) for i in obj if not (isinstance(i, gone) and failed(i._state))]
         return getattr(obj, "_make", type(obj))(items)  # (A namedtuple has ``_make``.)
@@ -5138,7 +5154,8 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
     TimeoutError is raised.
 
     More futures may be added meanwhile: those of calls that a result makes worth trying.  Futures
-    of one iterator belong to one client, and are kept until they are done, also if it is dropped.  (``loop`` has no effect; dask has it.)
+    of one iterator belong to one client, and are kept until they are done, also if it is dropped.
+    (``loop`` has no effect; dask has it.)
     """
 
     def __init__(

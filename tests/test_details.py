@@ -297,7 +297,7 @@ def test_who_uses_a_key_for_something_else_is_warned(caplog):
         assert caplog.messages == []
         others = [c.submit(abs, -2, key="k"), (await c.scatter({"d": 2}))["d"]]
         assert await c.gather(others) == [1, 1]
-        said = [text.partition(" is known with another")[0] for text in caplog.messages]
+        said = [text.partition(" is known, perhaps with")[0] for text in caplog.messages]
         assert said == ["the key 'k'", "the key 'd'"]
 
     asyncio.run(run_on("in this process", test))
@@ -313,6 +313,16 @@ async def test_gather_leaves_as_they_are_containers_that_are_not_the_builtin_one
     got = await c.gather([x, counts, two, sys.version_info, {"x": x, "counts": counts}])
     assert got == [1, counts, [1, 2], sys.version_info, {"x": 1, "counts": counts}]
     assert got[1] is got[4]["counts"] is counts and got[2] is two
+
+
+@on_cluster
+async def test_only_a_tuple_is_taken_for_a_namedtuple(c, a, b):
+    class Builder:
+        _make = None
+
+    (data,) = [await c.scatter(Builder())]
+    gathered = await c.gather([data, builder := Builder()])
+    assert type(gathered[0]).__name__ == "Builder" and gathered[1] is builder
 
 
 @on_cluster
@@ -528,6 +538,26 @@ def test_a_future_of_a_known_task_looks_like_what_it_is_at_once(scheduler):
         wait(first)
         looks = [repr(c.submit(abs, -1)) for _ in range(20)]
         assert looks == [f"<Future: finished, type: int, key: {first.key}>"] * 20
+
+
+def test_a_future_can_be_looked_at_in_the_loop_and_while_that_is_busy():
+    with Client(n_workers=0) as c:
+        busy, go_on = threading.Event(), threading.Event()
+        asyncio.run_coroutine_threadsafe(hold_up(busy, go_on, looks := [], c), c.loop)
+        busy.wait(30)
+        future = c.submit(abs, -1)
+        assert re.fullmatch("<Future: pending, key: abs-.*>", repr(future))
+        looks.append(future)
+        go_on.set()
+        c.who_has()  # It is answered when the loop has gone on.
+        assert looks == [future, f"<Future: pending, key: {future.key}>"]
+
+
+async def hold_up(busy, go_on, looks, c):
+    """Hold up a client's loop; then look at a future of it, from there."""
+    busy.set()
+    go_on.wait(30)
+    looks.append(repr(looks[0]))
 
 
 def test_a_synchronous_client_serves_many_threads(scheduler):
@@ -1070,6 +1100,30 @@ def test_a_worker_gives_small_values_many_at_a_time_and_large_ones_one_by_one():
     while answers := worker.next_answers(names):
         turns.append([status for *_, status, _ in answers])
     assert turns == [["ok"] * 1001, ["ok"], ["ok"], ["missing"]]
+
+
+class Asker:
+    """A connection to who takes one value after the other, and is gone after the third."""
+
+    def __init__(self):
+        self.writer, self.sent, self.taken = self, 0, 0
+
+    def send(self, answer):
+        self.sent += 1
+
+    async def written(self):
+        self.taken += 1
+        assert self.sent == self.taken, "nothing is made before it is taken"
+
+    def is_closing(self):
+        return self.taken == 3
+
+
+def test_who_asks_sets_the_pace_and_for_who_is_gone_nothing_is_made():
+    worker, asker = Worker("127.0.0.1:8786"), Asker()  # It is never started.
+    worker.state.data = {(f"x{n}", n): bytes(LIMITS["ride_along_bytes"]) for n in range(9)}
+    asyncio.run(worker.give(asker, iter(worker.state.data)))
+    assert asker.sent == 3
 
 
 @on_cluster

@@ -494,6 +494,48 @@ def test_both_are_warned_who_wants_it_and_who_wants_what_is_made_from_it():
     ]
 
 
+def test_however_many_wait_for_each_other_each_is_looked_at_once_to_warn():
+    s, n = Scheduler("w"), 300
+    warned = []
+    s.warn = lambda cs, ts: warned.append(ts)
+    s.submit("sum 0")
+    for i in range(1, n):
+        s.submit(f"x{i}"), s.submit(f"sum {i}", f"x{i}", f"sum {i - 1}")
+    s.stimulus_worker_left("w")
+    assert len(s.unrunnable) == n and len(warned) == 2 * n - 1
+
+
+def test_all_are_warned_who_want_something_that_is_made_from_it():
+    s = Scheduler("w", clients="cd")
+    for key, client in [("x", "c"), ("x", "d"), ("y", "c"), ("z", "d")]:
+        s.submit(key, *("x" if key != "x" else ""), client=client)
+    s.release("x", client="c"), s.release("x", client="d")
+    sent(s)
+    s.stimulus_worker_left("w")
+    assert sorted(peer for peer, op, _ in sent(s) if op == "warning") == ["c", "d"]
+
+
+def test_what_waits_behind_many_threads_is_stolen():
+    s = Scheduler("w", nthreads=2).measured("f", 1_000_000)
+    s.submit("x")
+    s.finish("x")
+    for n in range(4):
+        s.submit(f"y{n}", "x", name="f")
+    assert [s.states()[f"y{n}"] for n in range(4)] == ["processing"] * 2 + ["queued"] * 2
+    s.stimulus_register_worker("v", "name of v", 2, [], [])
+    assert [s.tasks[f"y{n}"].processing_on.id for n in range(4)] == ["w", "w", "v", "v"]
+
+
+def test_only_who_was_asked_to_may_claim_what_has_no_value():
+    s = Scheduler("v", "w")
+    s.submit("x")
+    (worker, _), attempt = s.computing()[0], s.tasks["x"].attempt
+    (other,) = {"v", "w"} - {worker}
+    s.stimulus_add_keys(other, [("x", attempt)])
+    assert sent(s) == [(other, "free-keys", {"names": [("x", attempt)]})]
+    assert s.states() == {"x": "processing"}
+
+
 def test_who_wants_only_what_is_made_from_it_is_warned_too():
     s = Scheduler("w")
     s.submit("x")
