@@ -2115,7 +2115,6 @@ class SchedulerMind(Mind):
             ts.who_has = ts.who_has or {}
             ts.who_has[ws] = ws.has_what[ts] = None
             ws.nbytes += ts.nbytes
-            self.mark(ts)
             self.changed[ws] = None  # It may steal what has to move less now.
             if ts.stuck:
                 ts.stuck = False
