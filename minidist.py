@@ -553,7 +553,7 @@ class FutureState:
 
     key: "str | tuple"
     want: int  # its number: another each time that the key comes to be wanted, or is retried
-    call: "int | None" = None  # a hash of what was submitted, or scattered, first
+    call: "int | None" = None  # a hash of what came first; None: others are not compared with it
     status: str = "pending"  # or "finished", "error", "cancelled": the words that users see
     count: int = 1  # live Future objects
     asked: bool = False  # somebody waits for the value, not only for its existence
@@ -1950,10 +1950,9 @@ class SchedulerMind(Mind):
         There is no call that makes it, and no client that gives it any more (``givers`` is empty
         from the moment when it was in memory: a client keeps no copy of all that it ever
         scattered).  So it has failed, and that spreads as errors do, and further: to what is
-        processing with it.  But no call has
-        raised, and a retry would be of no use: so all wants that need it end (``tell``).  What has
-        its value already is not touched by the loss.  When nobody wants what waited for it, it has
-        no waiters, and is forgotten like any other data.
+        processing with it.  But no call has raised, and a retry would be of no use: so all wants
+        that need it end (``tell``).  What has its value already is not touched by the loss.  When
+        nobody wants what waited for it, it has no waiters, and is forgotten like any other data.
 
         How it was lost is kept for a while, for the submits that cross that news.
         """
@@ -5647,9 +5646,7 @@ async def run_replay(options):
             break
         await asyncio.sleep(0)  # Ctrl-C is heard.
     if not known:
-        raise ValueError(
-            f"{options.file}: there is no task {options.key!r} in these {number} lines"
-        )
+        raise ValueError(f"{options.file}: there is no task {options.key!r} in {number} lines")
     checked = "" if options.quick else ", and every invariant holds"
     print(f"{number} lines: the messages are those that were recorded{checked}")
 

@@ -134,7 +134,7 @@ def test_the_command_prints_what_happened_to_a_key(recording, lines):
 def test_the_command_says_that_there_is_no_such_key(recording, lines):
     done = command(recording, "--key", "stay")
     assert (done.returncode, done.stdout) == (1, "")
-    assert f"there is no task 'stay' in these {len(lines)} lines" in done.stderr
+    assert f"there is no task 'stay' in {len(lines)} lines" in done.stderr
 
 
 def test_the_command_prints_the_state_at_a_line(recording, lines):
