@@ -1475,7 +1475,7 @@ class SchedulerMind(Mind):
             ts = self.tasks.get(key)
             arrives = ws.arriving.get(attempt) is ts
             if ts is None or ts.attempt != attempt or not (ts.who_has or arrives):
-                # Let go or lost meanwhile.
+                # It was let go or lost meanwhile; or nobody has asked this worker for it.
                 self.send_name(worker, "free-keys", (key, attempt))
                 continue
             self.add_replica(ts, ws)
@@ -4637,7 +4637,8 @@ class Client(Threaded, Body):
         """[1] Call ``func(*args, **kwargs)`` on the cluster; return a Future at once.
 
         Futures at any depth of the arguments become their values.  ``pure`` calls that are equal
-        share a key, and run once while a future of theirs lives; ``key`` names the task instead.
+        share a key, and run once while a future of theirs lives; ``key`` names the task instead
+        (while that lives, another call with this key gives its result, with a warning).
         Of two tasks that can run, the one of higher ``priority`` (0) goes first, or else the one
         that was submitted first; what needs results that are still to be computed counts as
         submitted with the last of them.  ``workers`` names those that may run it (an address, a
