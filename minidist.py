@@ -2944,7 +2944,7 @@ class Pickler(cloudpickle.Pickler):
         if builtin and isinstance(obj, BaseException):
             return make_exception, (*obj.__reduce__(), object.__getstate__(obj))
         reduced = super().reducer_override(obj)
-        if isinstance(obj, type) and isinstance(reduced, tuple) and vars(obj).get("__slots__"):
+        if isinstance(reduced, tuple) and vars(obj).get("__slots__"):
             # (Without them its objects would have a dict there, for which they have no place here.)
             for names in reduced[1]:
                 if isinstance(names, dict) and "__module__" in names:
@@ -3109,7 +3109,7 @@ def unique():
 def check_key(key):
     """A key is a string, or a tuple of strings, numbers and tuples; anything else a TypeError."""
     with contextlib.suppress(TypeError, ValueError, RecursionError):
-        same = to_key(json.loads(json.dumps(key if isinstance(key, (str, tuple)) else None)))
+        same = to_key(json.loads(json.dumps(key)))
         if same == key:  # Else it holds what JSON makes something else of: a list, or no number.
             return same
     raise TypeError(f"a key is a string or a tuple, not {key!r:.80}")
@@ -3673,7 +3673,7 @@ known_digest = functools.lru_cache(maxsize=10_000)(digest)
 
 def digest_once(frame):
     """A call's frames come and go again: small ones are remembered for that."""
-    return (known_digest if type(frame) is bytes and len(frame) < 1_000 else digest)(frame)
+    return (known_digest if len(frame) < 1_000 else digest)(frame)
 
 
 RECORDED = json.JSONEncoder(default=digest_once, separators=(",", ":"), check_circular=False)
@@ -4622,7 +4622,7 @@ class Client(Threaded, Body):
         self.flush()
         try:
             # (asyncio.timeout would leave a cycle that keeps our frame, and the futures in it.)
-            if left and not ready.done():
+            if left:
                 await asyncio.wait([ready], timeout=timeout)
         finally:
             for state in left:  # Who waits again and again leaves nothing here.
@@ -5304,7 +5304,7 @@ class Bars:
         """Draw in the terminal, over what was drawn before."""
         columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         lines = [f"{line[: columns - 1]}\x1b[K\n" for line in repr(self).splitlines()]
-        print(self.back, *lines, sep="", end="", file=sys.stderr, flush=True)
+        print(self.back, *lines, sep="", end="", file=sys.stderr)
         self.back = f"\x1b[{len(lines)}A"
 
     def shown(self):
