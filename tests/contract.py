@@ -1691,6 +1691,13 @@ async def an_error_is_a_result_like_any_other_if_errors_are_not_raised(client):
     return future is bad and type(error) is kind, kind.__name__
 
 
+@program("as_completed", gives=(True, 1))
+async def a_result_comes_as_itself_if_errors_are_not_raised(client):
+    good = client.submit(abs, -1)
+    future, result = await anext(as_completed([good], with_results=True, raise_errors=False))
+    return future is good, result
+
+
 @program("as_completed", gives=["error"])
 async def futures_that_failed_come_too(client):
     return [future.status async for future in as_completed([client.submit(fail, "bad")])]

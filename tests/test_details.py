@@ -383,25 +383,46 @@ async def test_even_an_exit_of_a_task_is_only_its_error(c, a, b):
 @on_cluster
 async def test_bad_calls_are_refused_at_the_call(c, a, b):
     x, y = c.map(abs, [-1, -2])
-    for bad in [
-        lambda: c.submit(5),
-        lambda: c.submit(abs, 1, key=5),
-        lambda: c.submit(abs, 1, key=("x", [1])),
-        lambda: c.submit(abs, 1, key=("x", math.nan)),
-        lambda: c.submit(abs, 1, priority="high"),
-        lambda: c.submit(abs, 1, workers="a", allow_other_workers=["b"]),
-        lambda: c.scatter(1, broadcast=2),
-        lambda: c.map(abs),
-        lambda: c.map(abs, [1, 2], key=["only one"]),
-        lambda: c.map(abs, x),
-        lambda: c.gather([x], errors="ignore"),
-        lambda: wait(x, y),
-        lambda: wait([x], return_when="SOMETIMES"),
-        lambda: x.result(timeout="soon"),
-        lambda: pickle.dumps(x),
+    for bad, words in [
+        (lambda: c.submit(5), "must be callable, 5 is not"),
+        (lambda: c.submit(abs, 1, key=5), "a key is a string or a tuple, not 5"),
+        (lambda: c.submit(abs, 1, key=("x", [1])), "not .*'x', .1"),
+        (lambda: c.submit(abs, 1, key=("x", math.nan)), "not .*nan"),
+        (lambda: c.submit(abs, 1, key=["x"]), "not .*'x'"),
+        (lambda: c.submit(abs, 1, priority="high"), "priority='high' is no number"),
+        (lambda: c.submit(abs, 1, workers="a", allow_other_workers=["b"]), "is neither True nor"),
+        (lambda: c.submit(abs, 1, workers=[1]), "workers=.1. is no address"),
+        (lambda: c.scatter(1, broadcast=2), "broadcast=2 is neither True nor False"),
+        (lambda: c.map(abs), "map needs iterables"),
+        (lambda: c.map(abs, [1, 2], key=["only one"]), "map got 1 keys for 2 calls"),
+        (lambda: c.map(abs, x), "map needs iterables"),
+        (lambda: c.gather([x], errors="ignore"), "errors='ignore' is neither"),
+        (lambda: wait(x, y), "one collection of futures"),
+        (lambda: wait([x], return_when="SOMETIMES"), "return_when='SOMETIMES' is unknown"),
+        (lambda: x.result(timeout="soon"), "timeout='soon' is no time"),
+        (lambda: pickle.dumps(x), "only inside the arguments of submit"),
     ]:
-        with pytest.raises((TypeError, ValueError)):
+        with pytest.raises((TypeError, ValueError), match=words):
             bad()
+
+
+@on_cluster
+async def test_a_scatter_waits_as_long_as_its_client_and_says_who_is_there(c, a, b):
+    async with Client(c._address, asynchronous=True, timeout=0.1) as d:
+        for options, waited in [({}, 0.1), ({"timeout": 0.2}, 0.2)]:
+            text = f"not scattered after {waited} s, with 0 workers called 'nobody'"
+            with pytest.raises(TimeoutError, match=text):
+                await d.scatter(1, workers="nobody", **options)
+
+
+@on_cluster
+async def test_who_scatters_what_is_cancelled_meanwhile_is_told(c, a, b):
+    scattering = asyncio.ensure_future(c.scatter({"x": 1}, workers="nobody"))
+    await c.who_has()
+    async with Client(c._address, asynchronous=True) as d:
+        await d.cancel(d.submit(abs, -1, key="x"), force=True)
+        with pytest.raises(minidist.CancelledError, match="'x' was cancelled by client"):
+            await scattering
 
 
 @on_cluster
@@ -431,6 +452,10 @@ async def test_a_future_of_another_client_is_refused(c, a, b):
             await c.gather([x])
         with pytest.raises(ValueError, match="another client"):
             c.submit(abs, x)
+        for call in (c.cancel, c.retry):
+            with pytest.raises(ValueError, match="another client"):
+                call([x])
+        assert await x == 1
 
 
 def test_an_unknown_keyword_of_a_client_is_refused():
@@ -523,6 +548,27 @@ def test_who_takes_bytes_slowly_is_not_taken_for_stalled(monkeypatch):
     asyncio.run(main())
 
 
+@on_cluster
+async def test_a_small_result_comes_with_its_notice_and_a_large_one_from_its_worker(c, a, b):
+    assert await c.submit(abs, -1) == 1
+    assert [*c.links] == [minidist.SCHEDULER]
+    assert await c.submit(bytes, 100_000) == bytes(100_000)
+    assert len(c.links) == 2
+
+
+def test_a_body_checks_its_mind_before_it_sends_if_it_is_asked_to(monkeypatch):
+    async def main():
+        async with minidist.Scheduler() as s:
+            s.state.crowded["no worker"] = None
+            s.flush()
+            s.state.crowded.clear()
+
+    with pytest.raises(AssertionError):
+        asyncio.run(main())
+    monkeypatch.delenv("MINIDIST_VALIDATE")
+    asyncio.run(main())
+
+
 def test_a_data_connection_reaches_only_the_worker_process_that_it_means():
     async def main():
         async with minidist.Scheduler() as s, Worker(s.address, nthreads=1) as a:
@@ -598,6 +644,8 @@ def test_a_call_from_the_own_loop_of_a_synchronous_client_raises(scheduler):
             c.gather([pending])
         with pytest.raises(RuntimeError, match="deadlock"):
             c.close()
+        assert repr(c).startswith(f"<Client: {c._address}, ")  # What it was told last.
+        assert repr(pending) == f"<Future: pending, key: {pending.key}>"
 
     with Client(scheduler.address) as c:
         pending = c.submit(abs, -1)
@@ -1253,6 +1301,12 @@ def test_an_address_of_another_protocol_is_none(address):
         Client(address)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "here:there", "127.0.0.1:-1", "127.0.0.1:65536"])
+def test_an_address_ends_with_the_number_of_a_port(address):
+    with pytest.raises(ValueError, match="is no address"):
+        Client(address)
+
+
 @on_cluster
 async def test_what_cannot_be_pickled_is_refused_at_the_call_and_named(c, a, b):
     lock = threading.Lock()
@@ -1272,6 +1326,7 @@ async def test_a_closed_client_keeps_its_values_cancels_the_rest_and_refuses_cal
     await c.close()
     await c.close()
     assert await here == 1 and pending.status == "cancelled"
+    assert await c.gather([here, {"again": here}]) == [1, {"again": 1}]
     for waiting in [pending.result(), pending.exception(), wait([pending])]:
         with pytest.raises(minidist.CancelledError, match="closed"):
             await waiting
@@ -1279,6 +1334,8 @@ async def test_a_closed_client_keeps_its_values_cancels_the_rest_and_refuses_cal
     for call in [lambda: c.submit(abs, 1), lambda: c.map(abs, [1]), failed.retry, here.cancel]:
         with pytest.raises(RuntimeError, match="closed"):
             call()
+    with pytest.raises(RuntimeError, match="closed"):
+        c.gather([here, pending])
 
 
 @on_cluster
@@ -1572,7 +1629,11 @@ def test_a_client_can_be_closed_while_a_large_call_is_being_sent(capfd):
 def test_a_closed_client_says_that_it_is_closed_whatever_is_asked():
     c = Client(processes=False)
     c.close()
-    for ask in (c.who_has, c.nthreads, c.shutdown, lambda: c.run(os.getpid)):
+    for ask in [
+        *(c.who_has, c.nthreads, c.scheduler_info, c.shutdown, lambda: c.run(os.getpid)),
+        *(lambda: c.submit(abs, -1), lambda: c.map(abs, []), lambda: c.scatter(1)),
+        *(lambda: c.cancel([]), lambda: c.wait_for_workers(1)),
+    ]:
         with pytest.raises(RuntimeError, match="this client is closed"):
             ask()
 
@@ -1675,12 +1736,36 @@ def test_a_number_of_workers_or_threads_that_cannot_be_is_refused_at_the_call(
             Worker("127.0.0.1:8786", nthreads=nthreads)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        list,
+        tuple,
+        set,
+        lambda items: dict(enumerate(items)),
+        dict.fromkeys,
+        lambda items: [[*items]],
+    ],
+)
+def test_the_size_of_a_container_is_about_that_of_what_it_holds(make):
+    assert 100_000 < minidist.sizeof(make(b"%1000d" % i for i in range(100))) < 150_000
+
+
 @on_cluster
 async def test_sizes_are_asked_for_by_a_key_a_future_or_a_list_of_them(c, a, b):
     data = await c.scatter({"abc": b"x" * 100})
     sizes = {"abc": minidist.sizeof(b"x" * 100)}
     for keys in ("abc", data["abc"], ["abc"], [data["abc"]], None):
         assert await c.nbytes(keys) == sizes
+
+
+@on_cluster
+async def test_sizes_are_added_up_by_the_first_part_of_a_key(c, a, b):
+    one = minidist.sizeof(1)
+    keys = ["add-1", "add-2", ("add", 3), ("a-b-c", 4), "lonely"]
+    futures = await c.scatter(dict.fromkeys(keys, 1))
+    assert await c.nbytes() == {"add": 3 * one, "a-b": one, "lonely": one}
+    assert await c.nbytes(summary=False) == dict.fromkeys(futures, one)
 
 
 def test_a_local_cluster_says_at_once_why_no_process_can_be_started(monkeypatch, caplog):
@@ -1700,6 +1785,15 @@ def test_the_cluster_of_a_client_can_be_closed_as_any_other():
         with pytest.raises(ConnectionError, match="is gone"):
             while True:  # Until it has heard of that.
                 c.submit(abs, -1)
+
+
+def test_a_cluster_that_a_client_shuts_down_closes_as_if_it_was_closed():
+    with minidist.LocalCluster(1, processes=False) as cluster:
+        scheduler, (worker,) = cluster.scheduler, cluster.workers
+        Client(cluster).shutdown()
+        while scheduler.tasks or not worker.closed:
+            time.sleep(0.01)
+        assert not scheduler.server.is_serving()
 
 
 def test_a_client_knows_the_cluster_that_it_was_given_and_leaves_it_as_it_is():

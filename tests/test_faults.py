@@ -341,6 +341,22 @@ def test_a_worker_whose_heartbeat_waits_on_a_slow_link_lives_until_no_byte_comes
     asyncio.run(main())
 
 
+def test_a_worker_whose_task_takes_longer_than_its_scheduler_is_patient_lives_on():
+    async def main():
+        async with (
+            minidist.Scheduler(worker_ttl=0.2) as s,
+            Worker(s.address, 1) as a,
+            Client(s.address, asynchronous=True) as c,
+        ):
+            future = c.submit(through, 0, "done")
+            await until(lambda: s.state.now_us > 4 * s.state.ttl_us)
+            assert [*s.state.workers] == [a.id]
+            GATES[0].set()
+            assert await future == "done"
+
+    asyncio.run(main())
+
+
 def test_a_scheduler_that_was_stopped_itself_takes_nobody_for_dead():
     async def main():
         async with minidist.Scheduler(worker_ttl=0.2) as s, Worker(s.address, 1) as a:
@@ -694,6 +710,25 @@ def test_without_processes_a_local_cluster_runs_tasks_in_threads_of_this_one():
         assert list(c.nthreads().values()) == [os.cpu_count()]
 
 
+@pytest.mark.parametrize(
+    "asked_for, workers_of_threads",
+    [
+        ({}, (8, 1)),
+        ({"threads_per_worker": 2}, (4, 2)),
+        ({"threads_per_worker": 9}, (1, 9)),
+        ({"n_workers": 4}, (4, 2)),
+        ({"n_workers": 9}, (9, 1)),
+        ({"n_workers": 0}, (0, 8)),
+        ({"processes": False}, (1, 8)),
+        ({"n_workers": 2, "processes": False}, (2, 4)),
+    ],
+)
+def test_a_local_cluster_has_a_thread_for_each_core(monkeypatch, asked_for, workers_of_threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    cluster = LocalCluster(asynchronous=True, **asked_for)  # It is not started.
+    assert (cluster.n_workers, cluster.threads_per_worker) == workers_of_threads
+
+
 def test_a_local_cluster_has_as_many_workers_and_threads_as_asked_for():
     with Client(n_workers=4, threads_per_worker=4) as c:
         assert list(c.nthreads().values()) == [4] * 4
@@ -857,6 +892,23 @@ async def test_coroutine_functions_run_in_the_loop_of_the_worker(c, a, b):
     assert await c.submit(async_through, 0, 1, workers="b") == "b"
     with pytest.raises(ArithmeticError, match="later"):
         await c.submit(fail)
+
+
+async def wait_for_ever():
+    RUNS.append("begun")
+    try:
+        await asyncio.Event().wait()
+    finally:
+        RUNS.append("over")
+
+
+@on_cluster
+async def test_a_coroutine_is_cancelled_when_its_worker_closes(c, a, b):
+    future = c.submit(wait_for_ever, workers=[a.address])
+    await until(lambda: RUNS)
+    await a.close()
+    assert RUNS == ["begun", "over"]
+    await c.cancel(future)
 
 
 @on_cluster

@@ -14,10 +14,21 @@ import signal
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 
-from minidist import REFUSAL, Bars, Client, FutureState, LocalCluster, Worker, progress, wait
+from minidist import (
+    REFUSAL,
+    Bars,
+    Client,
+    FutureState,
+    LocalCluster,
+    Scheduler,
+    Worker,
+    progress,
+    wait,
+)
 from test_minidist import (  # noqa: F401
     GATES,
     ROOT,
@@ -190,10 +201,16 @@ def test_nothing_is_left_of_a_bar_that_could_not_be_drawn_when_its_tasks_are_don
 
 
 def test_the_eleventh_name_and_later_ones_share_a_row():
-    states = [FutureState(f"name{number}-1", want=1) for number in range(13)]
+    states = [FutureState(f"name{number}-1", want=1) for number in [*range(13), 9, 12]]
     rows = Bars(states, multi=True).rows
     assert [*rows] == [f"name{number}" for number in range(10)] + ["others"]
-    assert rows["others"] == [0, 0, 3]
+    assert rows["name0"] == [0, 0, 1] and rows["name9"] == [0, 0, 2]
+    assert rows["others"] == [0, 0, 4]
+
+
+def test_futures_of_two_clients_have_no_common_progress(c):
+    with Client(c.cluster) as other, pytest.raises(ValueError, match="belongs to another client"):
+        progress(c.submit(abs, -1), other.submit(abs, -2))
 
 
 def test_an_asynchronous_client_awaits_its_progress():
@@ -219,6 +236,25 @@ def test_objects_show_the_same_facts_in_a_notebook_and_escape_what_users_named(c
     assert re.search(facts.format("LocalCluster"), c.cluster._repr_html_())
     c.close()
     assert "<b>Client</b><br>this client is closed: make a new one</div>" in c._repr_html_()
+
+
+def test_a_client_shows_the_workers_that_are_there_now_or_were_when_it_last_asked():
+    async def main():
+        async with (
+            Scheduler() as scheduler,
+            Client(scheduler.address, asynchronous=True) as asynchronous,
+        ):
+            synchronous = await asyncio.to_thread(Client, scheduler.address)
+            async with Worker(scheduler.address, nthreads=2):
+                assert "1 workers, 2 threads" in await asyncio.to_thread(repr, synchronous)
+                assert "0 workers, 0 threads" in repr(asynchronous)
+                await asynchronous.wait_for_workers(1)
+                assert "1 workers, 2 threads" in repr(asynchronous)
+            await asyncio.to_thread(synchronous.close)
+
+    with warnings.catch_warnings(record=True) as said:
+        asyncio.run(main())
+    assert not said, "nothing that has to be awaited is left"
 
 
 def test_what_has_not_started_says_so_and_then_where_it_is():
