@@ -682,6 +682,13 @@ def test_a_number_that_makes_no_sense_is_refused_in_one_line(option, value):
         assert p.returncode == 1 and out == "" and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("option", ["--nthreads", "--nworkers"])
+def test_no_threads_or_no_workers_are_no_arguments(option):
+    with process(SCRIPT, "worker", "127.0.0.1:1", option, 0) as p:
+        out, err = p.communicate(timeout=30)
+        assert p.returncode == 2 and out == "" and "must be at least 1" in err
+
+
 def test_only_a_port_in_use_makes_a_scheduler_try_the_next():
     with process(SCRIPT, "scheduler", "--host", "192.0.2.1") as p:
         _, err = p.communicate(timeout=30)

@@ -200,6 +200,7 @@ def test_what_ran_beside_a_task_that_ends_its_process_has_its_result(listener, t
         with caller(listener), caller(listener):  # They run now, in the very same process.
             bad, waiting = c.submit(os._exit, 3), c.map(pow, range(20), [2] * 20)
             assert type(bad.exception(30)) is KilledWorker
+            assert bad.type is None, "it has no result"
             assert c.gather([innocent, waiting]) == [[0, 1], [n * n for n in range(20)]]
 
 
@@ -473,6 +474,14 @@ def test_several_workers_of_one_command_hand_their_data_over_when_it_is_asked_to
             assert c.gather(data) == {n: n * 100_000 for n in "xyz"}
 
 
+def test_several_workers_of_one_command_end_with_exit_code_1_if_the_scheduler_is_gone(scheduler):
+    with two_by_one_command(scheduler.address) as parent:
+        scheduler.kill()
+        code, said = end_of(parent)
+    last = "minidist worker: workers ended with exit codes 1, 1"
+    assert (code, said.splitlines()[-1]) == (1, last)
+
+
 def test_a_second_signal_at_the_very_end_of_a_process_changes_nothing(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -489,6 +498,28 @@ def test_a_second_signal_at_the_very_end_of_a_process_changes_nothing(tmp_path):
         address_of(p)
         p.send_signal(signal.SIGINT)
         assert end_of(p) == (0, "")
+
+
+def test_a_worker_process_ends_when_its_standard_input_does(scheduler):
+    async def main():
+        start = minidist.worker_process(scheduler.address, ended_by=signal.SIGTERM)
+        async with start as worker, Client(scheduler.address, asynchronous=True) as c:
+            await c.wait_for_workers(1)
+            worker.stdin.close()
+            assert await worker.wait() == -signal.SIGKILL
+
+    asyncio.run(main())
+
+
+def test_the_main_module_of_a_worker_is_empty(scheduler):
+    @by_value
+    def names():
+        return [name for name in vars(sys.modules["__main__"]) if not name.startswith("__")]
+
+    with workers(scheduler.address, "a"), Client(scheduler.address) as c:
+        assert c.submit(names).result(30) == []
+    with Client(n_workers=1) as c:
+        assert c.submit(names).result(30) == []
 
 
 def test_a_process_that_ends_just_before_it_is_asked_to_has_its_own_exit_code(capfd):
