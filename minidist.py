@@ -3364,14 +3364,14 @@ class Body(Shown, Entered):
         self.address = f"tcp://{reachable(host)}:{self.server.sockets[0].getsockname()[1]}"
 
     def accept(self, reader, writer):
-        """Somebody connects, and is served in a task of ours."""
-        self.start(self.welcome(reader, writer))
+        """Somebody connects, and is served in a task of ours, which may be cancelled at once."""
+        self.start(self.welcome(reader, writer)).add_done_callback(lambda _: writer.close())
 
     async def welcome(self, reader, writer):
         """Serve a peer with whom hands can be shaken, until its stream ends."""
         connection = Connection()
         who = ":".join(map(str, writer.get_extra_info("peername") or "?"))
-        with contextlib.closing(writer), dropping(who):
+        with dropping(who):
             await connection.open(reader, writer, self.role_when_called, self.id, accepting=True)
             await self.serve(connection)
 
