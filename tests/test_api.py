@@ -137,6 +137,8 @@ async def test_a_shutdown_leaves_nobody_waiting_though_the_scheduler_is_not_clos
                 await future
     with pytest.raises(ConnectionError, match="no scheduler"):
         await Client(a.scheduler_address, asynchronous=True, timeout=0)
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(*minidist.split_address(a.scheduler_address))
 
 
 @on_cluster

@@ -396,6 +396,7 @@ async def test_bad_calls_are_refused_at_the_call(c, a, b):
         (lambda: c.map(abs), "map needs iterables"),
         (lambda: c.map(abs, [1, 2], key=["only one"]), "map got 1 keys for 2 calls"),
         (lambda: c.map(abs, x), "map needs iterables"),
+        (lambda: c.map(abs, [1], key=5), "a key is a string or a tuple, not 5"),
         (lambda: c.gather([x], errors="ignore"), "errors='ignore' is neither"),
         (lambda: wait(x, y), "one collection of futures"),
         (lambda: wait([x], return_when="SOMETIMES"), "return_when='SOMETIMES' is unknown"),
@@ -550,10 +551,82 @@ def test_who_takes_bytes_slowly_is_not_taken_for_stalled(monkeypatch):
 
 @on_cluster
 async def test_a_small_result_comes_with_its_notice_and_a_large_one_from_its_worker(c, a, b):
+    large = c.submit(bytes, 100_000)
     assert await c.submit(abs, -1) == 1
+    await wait([large])
     assert [*c.links] == [minidist.SCHEDULER]
-    assert await c.submit(bytes, 100_000) == bytes(100_000)
+    assert await large == bytes(100_000)
     assert len(c.links) == 2
+
+
+@on_cluster
+async def test_who_waits_in_vain_leaves_nothing_behind(c, a, b):
+    future = c.submit(abs, -1, workers="nobody")
+    for waiting in (future.result(timeout=0.01), wait([future], timeout=0.01)):
+        with pytest.raises(TimeoutError):
+            await waiting
+    assert not any(c._watchers.values())
+
+
+@on_cluster
+async def test_a_traceback_from_run_begins_in_the_users_function(c, a, b):
+    with pytest.raises(ZeroDivisionError) as raised:
+        await c.run(lambda: 1 / 0)
+    names = [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)]
+    assert names[-1] == "<lambda>" and not {"answer_run", "call"} & {*names}
+
+
+def test_where_one_frame_ends_and_the_next_begins_makes_another_call():
+    assert minidist.pure_key("f", (b"ab", b"c")) != minidist.pure_key("f", (b"a", b"bc"))
+
+
+def test_a_large_buffer_travels_once_whichever_pickler_takes_it():
+    large = pickle.PickleBuffer(bytearray(1_000_000))
+    for others in ([], [lambda: None]):
+        data, buffer = minidist.dumps([large, *others])
+        assert len(data) < 1_000 and len(buffer) == 1_000_000
+
+
+def test_who_registers_a_second_time_is_dropped(caplog):
+    async def main():
+        async with minidist.Scheduler() as s:
+            peer = minidist.Connection()
+            await peer.connect(s.address, "client")
+            peer.send(["register-client", "me", []])
+            assert await peer.receive() == [["registered", s.state.ttl_us]]
+            peer.send(["register-client", "me again", []])
+            with pytest.raises(asyncio.IncompleteReadError):
+                await peer.receive()
+            assert not s.state.clients
+            await peer.close()
+
+    asyncio.run(main())
+    assert "register-client a second time" in caplog.text
+
+
+def test_who_connects_just_before_the_end_is_hung_up_on():
+    async def main():
+        accepted = asyncio.get_running_loop().create_future()
+        listening = await asyncio.start_server(
+            lambda *streams: accepted.set_result(streams), "127.0.0.1", 0
+        )
+        _, ours = await asyncio.open_connection(*listening.sockets[0].getsockname())
+        reader, writer = await accepted
+        scheduler = await minidist.Scheduler()
+        scheduler.accept(reader, writer)
+        await scheduler.close()
+        assert writer.is_closing()
+        ours.close()
+        listening.close()
+
+    asyncio.run(main())
+
+
+@on_cluster
+async def test_nobody_can_connect_to_a_worker_that_has_closed(c, a, b):
+    await a.close()
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(*minidist.split_address(a.address))
 
 
 def test_a_body_checks_its_mind_before_it_sends_if_it_is_asked_to(monkeypatch):
@@ -1031,6 +1104,7 @@ def test_a_secret_is_the_same_however_its_file_ends_and_an_empty_one_is_none(mon
     monkeypatch.delenv("MINIDIST_TOKEN")
     monkeypatch.setenv("HOME", str(tmp_path))
     made, path = minidist.secret(), tmp_path / ".minidist" / "token"
+    assert not (path.parent.stat().st_mode | path.stat().st_mode) & 0o077, "nobody else reads it"
     path.write_bytes(made + b"\n")
     assert minidist.secret() == made
     path.write_bytes(b"\n")
@@ -1798,9 +1872,11 @@ def test_a_cluster_that_a_client_shuts_down_closes_as_if_it_was_closed():
     with minidist.LocalCluster(1, processes=False) as cluster:
         scheduler, (worker,) = cluster.scheduler, cluster.workers
         Client(cluster).shutdown()
-        while scheduler.tasks or not worker.closed:
+        for _ in range(1000):
+            if worker.closed and not scheduler.tasks:
+                break
             time.sleep(0.01)
-        assert not scheduler.server.is_serving()
+        assert worker.closed and not (scheduler.tasks or scheduler.server.is_serving())
 
 
 def test_a_client_knows_the_cluster_that_it_was_given_and_leaves_it_as_it_is():

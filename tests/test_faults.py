@@ -506,7 +506,7 @@ def test_a_worker_process_ends_when_its_standard_input_does(scheduler):
         async with start as worker, Client(scheduler.address, asynchronous=True) as c:
             await c.wait_for_workers(1)
             worker.stdin.close()
-            assert await worker.wait() == -signal.SIGKILL
+            assert await asyncio.wait_for(worker.wait(), 30) == -signal.SIGKILL
 
     asyncio.run(main())
 

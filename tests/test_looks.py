@@ -208,6 +208,10 @@ def test_the_eleventh_name_and_later_ones_share_a_row():
     assert rows["others"] == [0, 0, 4]
 
 
+def test_of_nothing_there_is_no_progress(c):
+    assert progress() is progress([]) is None
+
+
 def test_futures_of_two_clients_have_no_common_progress(c):
     with Client(c.cluster) as other, pytest.raises(ValueError, match="belongs to another client"):
         progress(c.submit(abs, -1), other.submit(abs, -2))
