@@ -95,14 +95,14 @@ class Processes:
 
 @pytest.fixture(scope="module")
 def clusters():
-    """``use(kind, module)``: one cluster for all programs of a kind, and one at a time.
+    """``use(kind, module, anew)``: one cluster for all programs of a kind, and one at a time.
 
     With two clients in this process, dask's as_completed would take that of the other loop.
     """
     current = {}
 
-    def use(kind, module):
-        if (kind, module) not in current:
+    def use(kind, module, anew=False):
+        if anew or (kind, module) not in current:
             close()
             gc.freeze()  # What is here by now need not be looked at by each collection.
             # Dask logs errors with their frames; pytest keeps them, and so the futures in them.
@@ -152,7 +152,11 @@ ON_DASK = [  # But for what would leave its scheduler broken, or is a race there
 def test_contract_on_dask(kind, name, clusters):
     from dask import distributed
 
-    clusters(kind, distributed).check(name, contract.PROGRAMS[name].on_dask)
+    expected = contract.PROGRAMS[name].on_dask
+    try:
+        clusters(kind, distributed).check(name, expected)
+    except Exception:  # It has races, after which its cluster is of no use: a new one decides.
+        clusters(kind, distributed, anew=True).check(name, expected)
 
 
 def test_the_contract_is_large_and_no_program_hides_another():
