@@ -3364,7 +3364,8 @@ class Body(Shown, Entered):
         self.address = f"tcp://{reachable(host)}:{self.server.sockets[0].getsockname()[1]}"
 
     def accept(self, reader, writer):
-        """Somebody connects, and is served in a task of ours, which may be cancelled at once."""
+        """Somebody connects, and is served in a task of ours, until one of us hangs up."""
+        # (By a callback: a task that is cancelled before it has begun runs nothing of its own.)
         self.start(self.welcome(reader, writer)).add_done_callback(lambda _: writer.close())
 
     async def welcome(self, reader, writer):
