@@ -3023,6 +3023,12 @@ def dump_function(func):
     return dump_by_value(func) if len(frames) > 1 else frames[0], func, name
 
 
+def only(**kwargs):
+    """Its one argument."""
+    (value,) = kwargs.values()
+    return value
+
+
 def dump_call(function, args, kwargs):
     """Pickle a call: (run_spec, futures in its arguments).
 
@@ -4663,10 +4669,11 @@ class Client(Threaded, Body):
 
         It stops at the shortest iterable.  ``key`` is a list with a key for each, or what their
         keys begin with in the place of the function's name; the options of ``submit`` and all
-        ``kwargs`` go with every call (scatter what is large).  (``batch_size`` has no effect: what
-        is submitted travels in batches anyway.)  Raises what ``submit`` does.
+        ``kwargs`` go with every call.  (``batch_size`` has no effect: what is submitted travels in
+        batches anyway.)  Raises what ``submit`` does.
 
-        The function is pickled once, so this costs much less than as many calls of ``submit``.
+        The function is pickled once, so this costs much less than as many calls of ``submit``.  So
+        is what is large among ``kwargs``: as the result of a task, which all calls share.
         """
         options = self._options(func, kwargs)
         if not iterables or any(isinstance(iterable, Future) for iterable in iterables):
@@ -4680,6 +4687,10 @@ class Client(Threaded, Body):
         if len(keys) != len(calls):
             raise ValueError(f"map got {len(keys)} keys for {len(calls)} calls")
         function, rest, futures = dump_function(func), (pure, options, prefix), []
+        for name, arg in kwargs.items() if len(calls) > 1 else ():
+            if sizeof(arg) > LIMITS["ride_along_bytes"]:
+                task = (*dump_function(only)[:2], f"{function[2]}.{name}")
+                kwargs[name] = self._submit(task, (), {name: arg}, None, True, options)
         for args, key in zip(calls, keys, strict=True):  # (No frame more, for the warning's place.)
             futures.append(self._submit(function, args, kwargs, key, *rest))
         return futures

@@ -820,6 +820,12 @@ async def keyword_arguments_of_map_are_futures(client):
     return await client.gather(client.map(lambda x, y: x + y, [1, 2], y=two))
 
 
+@program("map", gives=[100_001, 100_002])
+async def keyword_arguments_of_map_are_large(client):
+    futures = client.map(lambda n, data: n + len(data), [1, 2], data=bytes(100_000))
+    return await client.gather(futures)
+
+
 @program("map", gives=[2, 3])
 async def map_takes_a_coroutine_function(client):
     return await client.gather(client.map(inc_later, [1, 2]))

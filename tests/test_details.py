@@ -228,6 +228,31 @@ async def test_map_takes_futures_as_items_and_in_keyword_arguments(c, a, b):
     assert await c.gather(c.map(lambda i, base: i + base, [x, y], base=y)) == [3, 4]
 
 
+class Heavy:
+    """Takes a megabyte, as it says, and counts how often it is pickled."""
+
+    pickled = 0
+
+    def __sizeof__(self):
+        return 1 << 20
+
+    def __reduce__(self):
+        Heavy.pickled += 1
+        return Heavy, ()
+
+
+@on_cluster
+async def test_map_pickles_a_large_keyword_argument_once_and_names_it_if_it_cannot(c, a, b):
+    Heavy.pickled, one = 0, c.submit(abs, -1)
+    futures = c.map(lambda n, pair, by: (n, *pair, by), range(9), pair=(Heavy(), one), by=7)
+    assert Heavy.pickled == 1
+    assert [(n, type(h), x, by) for n, h, x, by in await c.gather(futures)] == [
+        (n, Heavy, 1, 7) for n in range(9)
+    ]
+    with pytest.raises(TypeError, match="argument 'rest' of pow.rest .list. cannot be pickled"):
+        c.map(pow, range(9), rest=[bytes(100_000), threading.Lock()])
+
+
 @on_cluster
 async def test_map_names_its_tasks_by_a_prefix_or_a_list_of_keys(c, a, b):
     assert [f.key for f in c.map(abs, [1, 2], key=["one", ("two", 2)])] == ["one", ("two", 2)]
