@@ -3024,9 +3024,9 @@ def dump_function(func):
 
 
 def only(**kwargs):
-    """Its one argument."""
-    (value,) = kwargs.values()
-    return value
+    """Its one argument: as a task, an object that many calls share."""
+    (obj,) = kwargs.values()
+    return obj
 
 
 def dump_call(function, args, kwargs):
@@ -4672,8 +4672,8 @@ class Client(Threaded, Body):
         ``kwargs`` go with every call.  (``batch_size`` has no effect: what is submitted travels in
         batches anyway.)  Raises what ``submit`` does.
 
-        The function is pickled once, so this costs much less than as many calls of ``submit``.  So
-        is what is large among ``kwargs``: as the result of a task, which all calls share.
+        The function is pickled once, so this costs much less than as many calls of ``submit``.  If
+        it is large, or one of ``kwargs`` is, that becomes the result of a task, which all share.
         """
         options = self._options(func, kwargs)
         if not iterables or any(isinstance(iterable, Future) for iterable in iterables):
@@ -4687,10 +4687,15 @@ class Client(Threaded, Body):
         if len(keys) != len(calls):
             raise ValueError(f"map got {len(keys)} keys for {len(calls)} calls")
         function, rest, futures = dump_function(func), (pure, options, prefix), []
-        for name, arg in kwargs.items() if len(calls) > 1 else ():
-            if sizeof(arg) > LIMITS["ride_along_bytes"]:
-                task = (*dump_function(only)[:2], f"{function[2]}.{name}")
-                kwargs[name] = self._submit(task, (), {name: arg}, None, True, options)
+        if len(calls) > 1:  # What is large travels once, as the result of a task.
+            frame, _, name = function
+            task, once = dump_function(only)[:2], (None, True, options)
+            if len(frame) > LIMITS["ride_along_bytes"]:
+                func = self._submit((*task, f"{name}.function"), (), {"function": func}, *once)
+                function = b"", func, name
+            for what, arg in kwargs.items():
+                if sizeof(arg) > LIMITS["ride_along_bytes"]:
+                    kwargs[what] = self._submit((*task, f"{name}.{what}"), (), {what: arg}, *once)
         for args, key in zip(calls, keys, strict=True):  # (No frame more, for the warning's place.)
             futures.append(self._submit(function, args, kwargs, key, *rest))
         return futures

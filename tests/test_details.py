@@ -228,29 +228,16 @@ async def test_map_takes_futures_as_items_and_in_keyword_arguments(c, a, b):
     assert await c.gather(c.map(lambda i, base: i + base, [x, y], base=y)) == [3, 4]
 
 
-class Heavy:
-    """Takes a megabyte, as it says, and counts how often it is pickled."""
-
-    pickled = 0
-
-    def __sizeof__(self):
-        return 1 << 20
-
-    def __reduce__(self):
-        Heavy.pickled += 1
-        return Heavy, ()
-
-
 @on_cluster
-async def test_map_pickles_a_large_keyword_argument_once_and_names_it_if_it_cannot(c, a, b):
-    Heavy.pickled, one = 0, c.submit(abs, -1)
-    futures = c.map(lambda n, pair, by: (n, *pair, by), range(9), pair=(Heavy(), one), by=7)
-    assert Heavy.pickled == 1
-    assert [(n, type(h), x, by) for n, h, x, by in await c.gather(futures)] == [
-        (n, Heavy, 1, 7) for n in range(9)
-    ]
+async def test_what_is_large_in_a_map_travels_once(c, a, b):
+    data, one, sent, send = bytes(100_000), c.submit(abs, -1), [], c._scheduler.send
+    c._scheduler.send = lambda message: (sent.append(message), send(message))
+    futures = c.map(lambda n, pair, by: (n, len(data), *pair, by), range(9), pair=(data, one), by=7)
+    assert await c.gather(futures) == [(n, 100_000, data, 1, 7) for n in range(9)]
+    sizes = [sum(map(len, message[4])) for message in sent if message[0] == "submit"]
+    assert len(sizes) == 11 and sum(sizes) < 300_000
     with pytest.raises(TypeError, match="argument 'rest' of pow.rest .list. cannot be pickled"):
-        c.map(pow, range(9), rest=[bytes(100_000), threading.Lock()])
+        c.map(pow, range(9), rest=[data, threading.Lock()])
 
 
 @on_cluster
