@@ -1167,11 +1167,11 @@ class SchedulerMind(Mind):
         Another client's wants are left alone, unless ``force``.  A cancel is no more than that:
         wants end, and who had them is told.  What nobody needs then goes by itself.
         """
-        cs = self.clients[client]
+        cs, seen = self.clients[client], set()
         for key, want in names:
             if ts := self.wanted_by(cs, key, want):
                 text = f"{key!r} was cancelled by {client}"
-                self.cancel(ts, text, only=None if force else cs)
+                self.cancel(ts, text, seen, only=None if force else cs)
         self.settle()
 
     def stimulus_retry(self, client, key, want):
@@ -1933,9 +1933,12 @@ class SchedulerMind(Mind):
             if asked:
                 self.end_arrival(ts, ts.attempt)
 
-    def cancel(self, ts, text, only=None):
-        """Let clients, or ``only`` one, go of ``ts`` and of all that is made from it."""
-        found, seen = [ts], {ts}
+    def cancel(self, ts, text, seen, only):
+        """Let clients, or ``only`` one, go of ``ts`` and of all that is made from it.
+
+        ``seen`` are those of which they already did: each task is looked at once.
+        """
+        found = [ts]
         for each in found:  # It grows meanwhile.
             for cs in [cs for cs in each.who_wants if only in (None, cs)]:
                 self.send(cs.id, "key-cancelled", each.key, cs.wants_what[each], text)

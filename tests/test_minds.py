@@ -435,6 +435,25 @@ def test_a_cancel_looks_at_each_dependent_once_however_many_ways_lead_there():
     assert len(told(s, "c", "key-cancelled")) == 1 + 2 * 39
 
 
+def test_a_cancel_of_many_looks_at_each_once_also_if_the_last_come_first():
+    class Looked(dict):
+        times = 0
+
+        def __iter__(self):
+            Looked.times += 1
+            return super().__iter__()
+
+    s, keys = Scheduler("w"), [f"x{n}" for n in range(40)]
+    for n, key in enumerate(keys):
+        s.submit(key, *keys[max(0, n - 1) : n])
+    for ts in s.tasks.values():
+        ts.dependents = Looked(ts.dependents)
+    sent(s)
+    s.stimulus_cancel_keys("c", [(key, 1) for key in reversed(keys)], False)
+    assert len(told(s, "c", "key-cancelled")) == 40
+    assert Looked.times < 6 * 40
+
+
 def test_how_data_was_lost_is_not_remembered_for_ever(monkeypatch):
     monkeypatch.setitem(LIMITS, "remembered", 2)
     s = Scheduler("w")
