@@ -1803,7 +1803,7 @@ class SchedulerMind(Mind):
         Then the worker is asked to give it back; if it has begun, it is abandoned, and occupies its
         thread until it ends.  If the task is wanted again before, that is another attempt.
         """
-        # dask: such a task is "cancelled" on its worker, "resumed" if it is wanted again meanwhile.
+        # dask: such a task is "cancelled" on its worker; wanted again, it is "executing" as before.
         if ts.processing_on:
             self.send(ts.processing_on.id, "give-back", [ts.attempt])  # If it has not started.
         ts.processing_on = None
@@ -1891,7 +1891,7 @@ class SchedulerMind(Mind):
         But who submits one call after the other on a result that is there must not go first for
         as long as that goes on.
         """
-        # dask: to a like effect, only large groups of tasks without inputs wait on the scheduler.
+        # dask: to a like effect, only large groups with few or no inputs wait on the scheduler.
         self.submitted += 1
         begun = [d.priority // MANY % MANY for d in dependencies if not d.who_has]
         # In one number, since heaps compare little else; the fraction of a user's priority is
