@@ -14,7 +14,7 @@ not introduce a new idea (collections, plugins, spilling to disk), and what is n
 (README has the list).  Comments and docstrings that say "dask:" tell where it does otherwise.
 
 How to read it.  Part one decides, and is pure: three *minds* that change their tables and leave
-messages in an outbox.  Nothing there does I/O, knows the time, or waits; so a student can drive
+messages in an outbox.  Nothing there does I/O, has a clock, or waits; so a student can drive
 the scheduler by hand, a test can run a whole cluster in one thread, in any order of events, and
 what a real scheduler was told can be recorded and replayed.
 Part two is how messages and objects travel.  Part three runs the minds: bodies that decide
@@ -98,12 +98,14 @@ import cloudpickle
 #
 #   Numbers.  Whoever makes a thing numbers it, and each message about it echoes the number: the
 #       client a want, the scheduler an attempt, a worker process itself (its ``id``).  A number
-#       that is not the one in the table is stale, and the message is dropped.
+#       that is not the one in the table is stale: its message is dropped, and a value that it
+#       claims is freed.
 #   Attempts end once.  What was sent to a worker ends by one answer ("task-finished", "-erred" or
 #       "-returned"), or with the worker.  The scheduler may ask for it back, never take it back;
-#       what it needs no more is *abandoned*, runs to its end, and occupies its thread until then.
-#   One stream.  Whatever changes state travels on one ordered stream for each peer.  Values have
-#       connections of their own, and nothing is ever concluded from one that broke: only the
+#       what it needs no more is *abandoned*: once begun, it runs to its end, and occupies its
+#       thread until then.
+#   One stream.  Whatever changes state travels on one ordered stream for each peer.  Large values
+#       have connections of their own, and nothing is ever concluded from one that broke: only the
 #       scheduler declares a worker dead, and tells the others.
 
 # What one peer can make us allocate or wait for, and how much is kept while weeks go by: a mistake
@@ -169,11 +171,11 @@ MESSAGES = {  # {op: "sender > receiver: fields"}; the fields' kinds are in FIEL
     "add-keys": "worker > scheduler: names",
     "free-keys": "scheduler > worker: names",
     "heartbeat": "worker > scheduler:",
+    "refused": "scheduler > worker: text",
     # The scheduler and either.
     "goodbye": "scheduler > client|worker:",
     "leave": "client|worker > scheduler:",
     "registered": "scheduler > client|worker: ttl_us",
-    "refused": "scheduler > client|worker: text",
     "worker-left": "scheduler > client|worker: worker",
     # A data connection, to any worker.
     "get-data": "client|worker > holder: names",
@@ -203,7 +205,7 @@ def to_key(value, frames=()):
 class Packed(tuple):
     """The frames of an object that came over the wire.
 
-    The first thread that needs the object unpickles it: so no loop does that, and what is only
+    The thread that needs the object unpickles it: so a worker's loop need not, and what is only
     passed on to somebody else is not unpickled.
     """
 
@@ -344,8 +346,8 @@ class Mind:
     Level-triggered: what a record should be follows from the facts as they are, not from the event
     that changed them.  So facts may change in any order, and several before one ``settle``; to mark
     too much costs a look, while a mark that is missing leaves a task waiting for ever: ``validate``
-    exists to find those.  Dicts stand for sets throughout: a set of records is iterated in the
-    order of their addresses, which is another in each run, and no run could be replayed.
+    exists to find those.  Dicts stand for sets that are iterated: a set of records would be so in
+    the order of their addresses, which is another in each run, and no run could be replayed.
 
     dask: a transition returns recommendations for other tasks, which a loop carries out.
     """
@@ -408,7 +410,7 @@ class Mind:
         # statecharts call it exit and entry actions) is said once here, whatever the edge.
         start = record.state
         leave, enter = self.actions[start, finish]
-        if leave:  # Else the state owns no field.
+        if leave:  # Else there is nothing to clear.
             leave(record)
         record.state = finish
         enter(record)
@@ -434,7 +436,7 @@ class FetchingMind(Mind):
     """What the client's and the worker's mind share: values on their way here.
 
     A value is asked of one holder after the other until one gives it; who has failed is
-    remembered, since it will be reported.  Nothing is concluded here from a broken connection.
+    remembered, to be reported if all have.  Nothing is concluded here from a broken connection.
     (To ask all at once would be faster when one is dead, and cost every transfer several times.)
 
     What is being fetched and what was requested are two tables, since a request cannot be taken
@@ -489,7 +491,7 @@ class FetchingMind(Mind):
         """The connection to a holder broke: what was asked there is missed there.
 
         A fault between two that are both alive looks just like a dead holder from here; so the next
-        one is asked, and the scheduler hears of it in the end.
+        one is asked, and the scheduler hears of it if none has the value.
         """
         for name in list(self.requests.get(holder, ())):
             self.end_request(holder, name, missed=True)
