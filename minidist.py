@@ -541,7 +541,8 @@ class FetchingMind(Mind):
 # it was so small that it came along).  Who waits for 1,000 tasks has no use for 1,000 results.
 #
 #   pending > finished    "key-in-memory"
-#   finished > pending    "key-lost"; or nobody gave the value that was asked for
+#   finished > pending    "key-lost"; or nobody gave the value that was asked for; or its user
+#                         scatters it once more, with ``broadcast``
 #   pending > error       "key-erred"; also from finished, if its value cannot be had
 #   error > pending       "key-retried", or a retry by this client
 #   any > cancelled       it leaves the table at once, so that its key is free for a new want
@@ -554,7 +555,7 @@ class FutureState:
     """One want of this client: what all its ``Future`` objects of one key share."""
 
     key: "str | tuple"
-    want: int  # its number: another each time that the key comes to be wanted, or is retried
+    want: int  # its number: another each time that the key is wanted anew, retried, or broadcast
     call: "int | None" = None  # a hash of what came first; None: others are not compared with it
     status: str = "pending"  # or "finished", "error", "cancelled": the words that users see
     count: int = 1  # live Future objects
@@ -569,7 +570,7 @@ class FutureState:
     value: tuple = ()
     # Set in "error" only: a pickled exception; where none was ever pickled, ``type`` is its kind.
     exception: tuple = ()
-    # Set in "error" and "cancelled": why.
+    # Set in "cancelled", and in "error" if there is no exception: why.
     text: str = ""
 
     # Of scattered data: its frames, until it is where it was to be put.
@@ -632,7 +633,7 @@ class ClientMind(FetchingMind):
         bytes do not travel with this message: they go to a worker, and the scheduler's stream
         stays short.  Returns the FutureState.
         """
-        call = hash(data[:1])  # (Of large data not even its buffers are compared.)
+        call = hash(data[:1])  # (Large buffers, which are beside the pickle, are not compared.)
         if state := self.known(key, call):
             if broadcast and state.status != "error":
                 # It may be on one worker only.  That is a new want: should it have been lost or
@@ -723,10 +724,10 @@ class ClientMind(FetchingMind):
             self.fetch(state)
 
     def stimulus_key_in_memory(self, peer, key, want, attempt, nbytes, type, holders, value):
-        """[12] A result exists; small ones are in the message.
+        """[12] A result exists; a small one may be in the message.
 
         It may come more than once: for another attempt after a loss, or with other holders after a
-        fetch that missed.
+        fetch that missed, or a copy.
         """
         if state := self.current(key, want):
             state.attempt, state.nbytes, state.type = attempt, nbytes, type
@@ -744,7 +745,7 @@ class ClientMind(FetchingMind):
             self.become(state, "pending")
 
     def stimulus_key_retried(self, peer, key, want):
-        """It had failed, and is tried again: somebody asked for that, or asked for an input.
+        """It had failed, and is tried again: it, an input or a dependent of it was retried.
 
         The one notice that undoes an error, which is final for all others (see ``current``).
         """
@@ -783,9 +784,9 @@ class ClientMind(FetchingMind):
     def current(self, key, want):
         """The state that a notice speaks of; what was being fetched for it is not any more.
 
-        None if the notice is stale: while it was under way, the last future of its want was let
-        go (and perhaps the key was wanted anew, under another number), or what is computed again
-        had reached this client.  (But who scatters once more what is here, waits for the notice.)
+        None if the notice is stale: while it was under way, its want ended (and perhaps the key is
+        wanted anew, or retried, under another number), or what is computed again had reached this
+        client.  (But who scatters once more what is here, waits for the notice.)
         """
         state = self.futures.get(key)
         if state is None or state.want != want or (state.final and not state.data):
