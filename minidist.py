@@ -881,8 +881,8 @@ class ClientMind(FetchingMind):
 #
 #   Where.  Every task that can run waits here, on the scheduler: in the queue common to all, or
 #       (with inputs or restrictions) in that of the worker where it would start first.  It is sent
-#       when that worker has room; so priorities count until the last moment, and what waits can be
-#       cancelled, or stolen by an idle worker, without a message to anybody.
+#       when that worker has room; so priorities count until the last moment, and no worker has to
+#       be asked when what waits is cancelled, or stolen by an idle one.
 #   How long.  A result stays while a client wants it or an unfinished task needs it.  The call
 #       that made it stays known while something that is kept might have to be computed from it
 #       again: that is all there is to recovery (Spark calls the same idea lineage).
@@ -910,7 +910,7 @@ UNKNOWN_US = 500_000  # what a task of an unmeasured function is taken for
 TRANSFER_US = 1_000  # what any transfer costs, ...
 BYTES_PER_US = 100  # ... and how much is transferred in a microsecond: 100 MB/s
 MANY = 1 << 50  # more tasks than are ever submitted
-ALLOWED_FAILURES = 3  # a task may fail so often for reasons that are not its own
+ALLOWED_FAILURES = 3  # a task may come to nothing so often without having raised
 
 
 @dataclass(eq=False, slots=True)
@@ -961,7 +961,7 @@ class TaskState:
     # In "erred" only, or on the way there: (frames, or none where nothing was pickled; kind; words)
     error: tuple = ()
 
-    # What has gone wrong, and was not its own fault.  (The scheduler's mind explains these words in
+    # What has gone wrong without its raising.  (The scheduler's mind explains these words in
     # ``miss``, ``suspect`` and ``strike``.)
     misses: int = 0  # how often one of its inputs, or its value, could not be had
     suspect: bool = False  # it was on a worker that died, and has not ended since
@@ -1036,9 +1036,10 @@ class SchedulerMind(Mind):
                        +-------------------------------+  (an input has failed)
 
     That is a task's way forward; data, which waits in no queue, goes from "waiting" or "no-worker"
-    to "processing".  It comes back to "waiting" when what it has, or needs, is lost, and when it is
-    retried; from everywhere to "released" when nobody needs it.  From there it is forgotten, if
-    nothing that is kept might have to be computed from it again.  The table has each edge.
+    to "processing".  It comes back to "waiting" when what it has, or needs, is lost, when it is to
+    be placed again, and when it is retried; from everywhere to "released" when nobody needs it.
+    From there it is forgotten, if nothing that is kept might have to be computed from it again.
+    The table has each edge.
 
     ``first_attempt`` must grow from one scheduler's life to the next.  A worker that gives no
     sign of life for ``ttl_us`` is dead.
@@ -1190,7 +1191,7 @@ class SchedulerMind(Mind):
             return
         self.want(cs, ts, want, tell=ts.state != "erred")
         found, seen = [ts], {ts}
-        for each in found:  # It grows meanwhile, by the inputs that failed, or that need such ones.
+        for each in found:  # It grows meanwhile, by the inputs of what failed, or was released.
             more = each.dependencies if each.error or each.state == "released" else ()
             found += [other for other in more if other not in seen]
             seen.update(more)
@@ -1255,7 +1256,7 @@ class SchedulerMind(Mind):
         """A client looks inside: rows of what is known of tasks, or of the workers so called.
 
         ``what`` names one of the methods below; ``keys`` are tasks' keys, or workers' names.
-        (Rows of pairs, and no dicts: the keys of those would have to be strings in JSON.)
+        (Pairs, and no dict of them: its keys would have to be strings in JSON.)
         """
         self.send(client, "answer", number, getattr(self, f"facts_{what}")(keys))
 
@@ -1355,7 +1356,7 @@ class SchedulerMind(Mind):
     def lose(self, worker, how):
         """A worker takes its attempts and its data with it.
 
-        Only facts are changed here, and tasks marked; ``settle`` finds what follows.  A task that
+        Facts are changed here, and tasks marked; ``settle`` finds what follows.  A task that
         was sent there is placed again.  One whose only value was there is computed again if
         somebody needs it; for that it needs its inputs, which are computed again as far as they are
         gone, and so on: nobody walks through the graph to plan a recovery.
@@ -1420,7 +1421,7 @@ class SchedulerMind(Mind):
             ts.nbytes, ts.type, ts.value = nbytes, type, value
             self.add_replica(ts, ws)
         else:
-            # Abandoned: it was released, or lost its place, while this message was under way.
+            # Abandoned, while it ran or this message was under way: it was let go, or is in vain.
             self.send_name(worker, "free-keys", (ts.key, attempt))
         self.settle()
 
@@ -1528,8 +1529,8 @@ class SchedulerMind(Mind):
     def settle(self):
         """Take the edges; send what there is room for; let a worker go that leaves; and again.
 
-        Afterwards no thread is idle while something waits for it (``validate`` S3, W3): whatever
-        makes room or brings work ends here, so nothing has to poll.
+        Afterwards no thread is idle while something waits for it, unless a suspect goes first
+        (``validate`` S3, W3): whatever makes room or brings work ends here, so nothing has to poll.
         """
         while True:
             super().settle()
@@ -1573,7 +1574,7 @@ class SchedulerMind(Mind):
         """What ``ws`` has room for: of its own queue, of the common one, or of another worker's.
 
         Only the first of both heads is looked at.  Behind it may stand what would fit where a
-        suspect does not.  But then no worker would ever be empty for that, while others keep coming.
+        suspect does not.  But then no worker would ever be empty for it, while others keep coming.
         """
         ts, other = ws.queue.peek(), self.queue.peek()
         if ts is None or (other and other.priority < ts.priority):
@@ -1690,12 +1691,12 @@ class SchedulerMind(Mind):
         """When ``ts`` would start on ``ws``, in microseconds from now.
 
         The sum of what has to be moved and of the work that waits.  Both go on at once in truth:
-        the sum is too long by the shorter, but it prefers the holder among workers that are idle.
+        the sum is too long by the shorter, but of two that are equally busy it prefers the holder.
         """
         return self.moving_us(ts, ws) + self.busy_us(ws)
 
     def busy_us(self, ws):
-        """How long ``ws`` has work for.  If it is late, what runs was taken to be short, and is not.
+        """How long ``ws`` has work for.  If late, what runs was taken to be short, and is not.
 
         (When its threads are free again, it is late only in that it gave back what nobody needed.)
         """
@@ -1712,7 +1713,7 @@ class SchedulerMind(Mind):
 
     # What it means to enter a state, and to leave it.
     #
-    # What a state owns (TaskState has the list) is cleared when it is left, whatever comes next.
+    # What one state owns (TaskState has the list) is cleared when it is left, whatever comes next.
     # Some of it is a fact that came first, and is why the state is entered: ``processing_on``,
     # ``who_has``, ``error``.  A neighbour learns of an edge by a change of one of its own facts,
     # and a mark.
@@ -1882,7 +1883,7 @@ class SchedulerMind(Mind):
             self.forget_call(dependent)
             self.mark(dependent)
 
-    # Leaves: each changes a few facts, in both directions of a relation, and marks.
+    # What these methods call: most change a few facts, on both sides of a relation, and mark.
 
     def new_task(self, key, name, run_spec, dependencies, priority, workers=(), *options):
         """A task, which goes by the user's priority, then by when it was begun.
@@ -1897,7 +1898,7 @@ class SchedulerMind(Mind):
         # dask: to a like effect, only large groups with few or no inputs wait on the scheduler.
         self.submitted += 1
         begun = [d.priority // MANY % MANY for d in dependencies if not d.who_has]
-        # In one number, since heaps compare little else; the fraction of a user's priority is
+        # In one number, since a heap does little but compare; the fraction of a user's priority is
         # scaled first, and what was begun together goes in the order of submission.
         first = max(begun, default=self.submitted) - int(priority * MANY) * MANY
         order = first * MANY + self.submitted
@@ -2076,9 +2077,9 @@ class SchedulerMind(Mind):
         """Send the next copies of a broadcast; who has the value, or is gone, is passed by.
 
         It goes to those that were here when it began, or to those that it is tied to.  (Who joins
-        later fetches it when needed.)  Not to all at once: the holders are as many as the copies
-        under way, so who has got it gives it further, and the first one's network does not have to
-        carry them all.
+        later fetches it when needed.)  Not to all at once: the copies under way are no more than
+        the holders, so who has got it gives it further, and the first one's network does not have
+        to carry them all.
         """
         while ts.targets and len(ts.arriving) < len(ts.who_has):
             ws = ts.targets.pop()
@@ -2179,10 +2180,11 @@ class SchedulerMind(Mind):
         return [ws.id for ws in islice(ts.who_has, LIMITS["holders"])]
 
     def tell(self, cs, ts):
-        """Tell a client how a task that it wants has ended, if it has; or that no worker may run it.
+        """Tell a client how a task that it wants has ended, if so; or that no worker may run it.
 
         While copies of it are being made, they are waited for: so a scatter with ``broadcast``
-        returns when each worker has it, and who could not fetch it is told of the new holder.
+        returns when each worker has it, or failed to get it, and who could not fetch it is told of
+        the new holder.
         """
         want = cs.wants_what[ts]
         if cs is self.keeper and ts.state in ("memory", "erred"):
@@ -2257,7 +2259,7 @@ class SchedulerMind(Mind):
         # T2. What nobody needs is not kept; what somebody needs is not left undone.
         assert bool(ts.who_wants or ts.waiters) == (ts.state != "released"), ts
         assert ts.state != "released" or (ts.dependents and ts.run_spec), ts
-        # T3. Data has no inputs; until it is in memory, who wants it can give it.
+        # T3. Data has no inputs; who gives it wants it, and gives it until it is in memory.
         assert ts.run_spec or not ts.dependencies, ts
         if ts.givers:
             assert {*ts.givers} <= {*ts.who_wants} and ts.state in ("processing", "no-worker"), ts
