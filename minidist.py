@@ -2465,7 +2465,7 @@ class WorkerMind(FetchingMind):
         self.settle()
 
     def stimulus_free_keys(self, peer, names):
-        """The scheduler says that nobody needs these values.
+        """The scheduler says that nobody needs these values, or that somebody could not get them.
 
         They are here: the scheduler frees only what this worker has claimed to hold, each claim
         once.  A thread that runs with one as its input has a reference of its own.
@@ -2508,7 +2508,7 @@ class WorkerMind(FetchingMind):
             attempt.told[0].append((*name, misses))
 
     def give_back(self, attempt):
-        """It has to be placed again, though it missed nothing."""
+        """It goes back, so far without a miss (``missed`` adds those)."""
         self.decree(attempt, "returned", [])
 
     def decree(self, attempt, fate, *told):
