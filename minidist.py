@@ -2387,7 +2387,7 @@ class WorkerMind(FetchingMind):
         new.waiting_for = {value: None for value in inputs if value not in self.data}
         for value in inputs:
             self.needed_by.setdefault(value, {})[new] = None
-        for value in list(new.waiting_for):
+        for value in new.waiting_for:
             self.need(value, inputs[value])
         if self.leaving or not (run_spec or new.waiting_for):
             self.give_back(new)
