@@ -2152,6 +2152,8 @@ class SchedulerMind(Mind):
             if ws in ts.who_has and (ts.run_spec or len(ts.who_has) > 1):
                 self.send_name(ws.id, "free-keys", (ts.key, ts.attempt))
                 self.remove_replica(ts, ws)
+                for attempt in [n for n, to in dict(ts.arriving).items() if to is ws]:
+                    self.end_arrival(ts, attempt)  # Else its return would say: cannot be pickled.
             elif ws in ts.who_has:
                 ts.stuck = True
                 ts.misses += 1

@@ -288,6 +288,24 @@ def test_what_could_not_be_fetched_is_told_as_soon_as_there_is_a_copy_elsewhere(
     assert not s.tasks["d"].stuck
 
 
+def test_a_copy_that_comes_back_from_a_holder_that_was_struck_meanwhile_says_nothing_of_others():
+    s = Scheduler("w", clients="ce")
+    _, attempt = scattered(s)
+    s.submit("d", client="e")
+    s.stimulus_register_worker("v", "v", 1, [], [])
+    sent(s)
+    s.stimulus_fetch_missed("c", "d", 1, attempt, ["w"])
+    copies = {peer: f["attempt"] for peer, op, f in sent(s) if op == "compute-task"}
+    s.stimulus_add_keys("v", [("d", attempt)])
+    s.stimulus_task_returned("v", copies["v"], [])
+    s.stimulus_fetch_missed("e", "d", 1, attempt, ["w"])
+    s.stimulus_task_returned("w", copies["w"], [])  # It was there when it was asked to copy it.
+    sent(s)
+    s.stimulus_leave("v")
+    ((peer, op, copy),) = sent(s)
+    assert (peer, op, copy["name"]) == ("w", "compute-task", "copy"), "it is handed over"
+
+
 def test_a_retry_forgets_how_often_inputs_were_missed():
     s = Scheduler("w")
     s.submit("i")
