@@ -2589,13 +2589,13 @@ class WorkerMind(FetchingMind):
 #
 # TCP delivers a stream of bytes, not messages: what was written in one call may be read in three,
 # or with what follows it.  So each part's size is read before it.  What a peer says of sizes is
-# believed only within LIMITS: else four bytes of anybody could make us allocate all memory.
+# believed only within LIMITS: else we would go on collecting whatever it goes on sending.
 #
 # dask: packs with msgpack, and has the same split into a small header and large frames.
 
 PREFIX = struct.Struct("!I")  # bytes of the header
-LARGE = 256 << 10  # a frame of so many bytes is read straight into a buffer of its own
-CHUNK = 1 << 20
+LARGE = 256 << 10  # a frame of so many bytes is read into a buffer of its own
+CHUNK = 1 << 20  # bytes that are read or written at a time
 
 # A host that is gone says nothing, and who only waits for it would wait for ever: so the kernel
 # asks whether it is there.  (One that is slow, or whose process is frozen, is there.)
@@ -2629,7 +2629,7 @@ async def read_batch(reader, sender):
     """Read one batch that a ``sender`` ("client", "worker", ...) wrote: its checked messages.
 
     Everything is bounded before it is allocated.  Raises ``ProtocolError`` for what no peer
-    sends, ``asyncio.IncompleteReadError`` at the end of the stream.
+    sends, ``asyncio.IncompleteReadError`` at the end of the stream, OSError if that breaks.
     """
     (header_bytes,) = PREFIX.unpack(await reader.readexactly(PREFIX.size))
     if header_bytes > LIMITS["header_bytes"]:
@@ -2655,8 +2655,8 @@ async def read_frame(reader, size):
     """One frame; a large one in a writable buffer, which grows with what has come.
 
     ``readexactly`` collects it in the stream's own buffer.  With a large one that is far over its
-    limit, and is moved at each step; and it is copied once more: a quarter of the speed at 100 MB.
-    (A buffer of its full size is filled with zeros first, which takes as long as to fill it.)
+    limit, so that the transport is stopped and started again at each step; and it is copied once
+    more: half as much work again at 100 MB.  (To allocate its full size first would save nothing.)
     """
     if size < LARGE:
         return await reader.readexactly(size)
@@ -2694,10 +2694,10 @@ class Connection:
         await self.open(*streams, role, worker)
 
     async def open(self, reader, writer, role, worker="", accepting=False):
-        """Shake hands, and then send what waits.  Raises what ``shake_hands`` does.
+        """Shake hands, and then send what waits.  Raises what ``shake_hands`` does, TimeoutError.
 
         Within a time limit: else whoever connects and says nothing would cost us a task for ever.
-        (Not by wait_for, here and below: cancelled just when it is done, it forgets that it was.)
+        (Not by wait_for: in Python 3.11, cancelled just when it is done, it forgets that it was.)
         """
         try:
             async with asyncio.timeout(LIMITS["handshake_seconds"]):
@@ -2710,7 +2710,7 @@ class Connection:
         end = writer.get_extra_info("socket")
         end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in KEEPALIVE.items():
-            if hasattr(socket, name):  # What macOS has bears other names.
+            if hasattr(socket, name):  # macOS has not all of them by these names.
                 end.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.flush()
 
@@ -2743,8 +2743,8 @@ class Connection:
         batch = self.outbox[: LIMITS["batch_messages"]]
         del self.outbox[: len(batch)]
         buffers = pack(batch)
-        # What the peer has not taken counts too: else a slow one would make us keep everything
-        # twice, here and in the transport's buffer, whose growth nobody bounds.
+        # What the peer has not taken counts too: else copies of all that a slow one does not take
+        # would pile up in the transport's buffer.  (The outbox refers to frames, and copies none.)
         waiting = self.writer.transport.get_write_buffer_size()
         if sum(map(len, buffers)) + waiting < CHUNK:
             self.writer.write(b"".join(buffers))
@@ -2819,7 +2819,7 @@ async def shake_hands(reader, writer, role, worker, accepting):
 
     Raises PermissionError if that does not speak minidist, or has another secret, protocol or
     version of Python (cloudpickle sends functions as bytecode, which differs), ConnectionError if
-    it is another worker process, EOFError if it hangs up.
+    it is another worker process or the connection breaks, EOFError if it hangs up.
     """
     version, meant = sys.version_info[:2], hashlib.sha256(worker.encode()).digest()
     mine = HELLO.pack(MAGIC, PROTOCOL, *version, ROLES.index(role), os.urandom(32), meant)
@@ -2899,10 +2899,10 @@ def split_address(address):
 def dumps(obj):
     """Pickle an object: a tuple of frames.
 
-    The standard pickler is several times faster, but knows nothing of lambdas, and refers to what
-    is in ``__main__`` by a name that means something else on a worker: then ``Pickler`` does it,
-    and sends functions and classes of ``__main__`` by value.  (The word may also stand in the
-    user's data: then the slower pickler did no harm.)
+    The standard pickler is several times faster for a small call, but knows nothing of lambdas, and
+    refers to what is in ``__main__`` by a name that means something else on a worker: then
+    ``Pickler`` does it, and sends functions and classes of ``__main__`` by value.  (The word may
+    also stand in the user's data: then the slower pickler did no harm.)
 
     Small buffers stay in the pickle: a frame for each would cost more than the copy that it saves,
     and a batch of calls with some hundred arrays each would have too many of them.
@@ -3022,8 +3022,9 @@ def collecting(dump, *args):
 def dump_function(func):
     """(frame, func, name); the frame is empty if the function has to travel in the call.
 
-    A frame of its own is pickled once for a whole ``map``, sent once in each batch, and unpickled
-    once by each worker.  But futures in a function are inputs of each call, to be found each time.
+    A frame of its own is pickled once for a whole ``map``, sent once in each batch, and may be
+    unpickled once by each worker (``load_call``).  But futures in a function are inputs of each
+    call, to be found each time.
     (Buffers stay in it, whatever their size: beside it, they would travel with each call.)
     """
     name = name_of(func)
