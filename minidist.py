@@ -3233,8 +3233,9 @@ def type_name(obj):
 # ================================ Part three, how it runs =========================================
 #
 # Bodies decide nothing: they check what comes in, call the stimulus that its op names, and send
-# what the mind leaves in its outbox.  So all that can go wrong by the order of events is in part
-# one, where it can be tried without a network; what is left here is the loop, threads and sockets.
+# what the mind leaves in its outbox.  So nearly all that can go wrong by the order of events is in
+# part one, where it can be tried without a network; what is left here is the loop, threads and
+# sockets.
 
 logger = logging.getLogger("minidist")
 
@@ -3337,7 +3338,7 @@ class Body(Shown, Entered):
     role = ""  # as what it introduces itself to a peer that it connects to, ...
     role_when_called = ""  # ... and to one that connects to it
     server = None  # of asyncio, while it listens
-    waking = False  # its loop is going to flush, because another thread has something to say
+    waking = False  # its loop is going to flush, because ``wake`` has said so
     id = ""  # the worker process that whoever connects has to mean
 
     def __init__(self, mind):
@@ -3358,9 +3359,10 @@ class Body(Shown, Entered):
         return task
 
     async def stop(self):
-        """Send what waits; cancel its tasks, and wait until they are gone.
+        """Send what goes out at once; cancel its tasks, and wait until they are gone.
 
-        So nothing of it goes on when it has closed, in a loop that may be the user's.
+        So nothing of it goes on when it has closed, in a loop that may be the user's.  (But for a
+        large batch that is being written: until its reader has taken it, or hangs up, or stalls.)
         """
         for link in self.links.values():
             link.flush()
@@ -3424,7 +3426,7 @@ class Body(Shown, Entered):
         getattr(self.state, "stimulus_" + op.replace("-", "_"))(*args)
 
     def happens(self, op, *args):
-        """Tell the mind what has happened here, not by a message; send what it says to that."""
+        """Tell the mind one thing that has happened; send what it says to that."""
         with self.lock:
             self.stimulate(op, *args)
         self.flush()
@@ -3545,7 +3547,8 @@ class Scheduler(Body):
     sign of life for ``worker_ttl`` seconds is dead.  ``record`` is a file for ``replay``.  An
     ``async with`` starts and closes it.  ``address`` is what workers and clients connect to,
     ``state`` the mind; the event ``ended`` is set when a client has shut the cluster down, and
-    then it should be closed.  Raises OSError if the port is taken.
+    then it should be closed.  Raises OSError if the port is taken, ValueError for a ``worker_ttl``
+    that is no time.
 
         async with Scheduler() as scheduler, Worker(scheduler.address):
             async with Client(scheduler.address, asynchronous=True) as client:
@@ -3577,7 +3580,7 @@ class Scheduler(Body):
         self.start(self.tell_time())
 
     async def close(self):
-        """Hang up on everybody.  Workers end, and clients' pending futures are cancelled.
+        """Hang up on everybody.  Worker processes end, clients' pending futures are cancelled.
 
         What the cluster holds is gone with it.  Twice is harmless.
         """
@@ -3756,7 +3759,7 @@ WORKER = contextvars.ContextVar("the worker whose task this is", default=None)
 
 
 def get_worker():
-    """The Worker that runs the task from which this is called.  Raises ValueError elsewhere.
+    """The Worker on which a task, or a function of ``Client.run``, calls this.  Else ValueError.
 
     It has ``name``, ``address``, ``nthreads`` and ``data``.  A context variable and not a global:
     several workers may live in one process, and a coroutine takes its context along.
@@ -3908,7 +3911,7 @@ class Worker(Body):
     def run_task(self, attempt, inputs):
         """[9] Unpickle the call, run it, and tell the mind what came of it.
 
-        The result is pickled here, in the task's thread, if a client is waiting for it.
+        A small result is pickled here, in the task's thread, if a client is waiting for it.
 
         Whatever goes wrong in here is this task's failure, and nobody else's: a call
         that cannot be unpickled, an exception that cannot be pickled, ``SystemExit``.
@@ -5398,9 +5401,10 @@ class LocalCluster(Threaded):
 
     ``options`` are those of ``Scheduler`` (but ``worker_ttl`` is 300): with ``host="0.0.0.0"``,
     clients and workers on other machines can join.  ``address`` (dask: ``scheduler_address``) is
-    its scheduler's, ``scheduler`` the scheduler itself, whose ``state`` can be looked at.  ``with``
-    (or ``async with``, if ``asynchronous``) starts and closes it.  Raises OSError if the port is
-    taken, TimeoutError if its workers do not start.
+    its scheduler's, ``scheduler`` the scheduler itself, whose ``state`` can be looked at.  It has
+    started when this returns, and ``with`` closes it; if ``asynchronous``, ``async with`` starts
+    and closes it.  Raises OSError if the port is taken, TimeoutError if its workers do not start,
+    TypeError or ValueError for a bad option.
 
     With ``processes=False`` all is in one process: for a look at everything in a debugger, or for
     tasks that spend their time in compiled code or waiting.  (Results are pickled all the same.)
@@ -5464,7 +5468,7 @@ class LocalCluster(Threaded):
                 await asyncio.sleep(1)  # It did not even start: be patient with the next.
 
     async def _close(self):
-        """Workers that do not end by themselves, since a task keeps them busy, are killed."""
+        """Workers that do not end by themselves, since a task holds up their loop, are killed."""
         for worker in self.workers:
             await worker.close()
         if self.scheduler.server and not self.scheduler.ended.is_set():
@@ -5497,7 +5501,8 @@ async def worker_process(*arguments, ended_by):
     path = [folder for folder in [*sys.path, os.path.dirname(__file__)] if type(folder) is str]
     code = f"import sys; sys.path[:], args, sys.argv = {path}, sys.argv[1:], {sys.argv}"
     code += "; import minidist; sys.exit(minidist.main(args))"
-    # (-P: so Python itself looks for nothing in the current folder, which may be gone.)
+    # (-P: so Python itself looks for nothing in the current folder, which may be gone.  Before it,
+    # the flags with which this process runs, as multiprocessing passes them on.)
     command = [sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-c", code]
     command += ["worker", *map(str, arguments), "--until-stdin-ends"]
     # In a session of its own: Ctrl-C in the terminal is for us, and may only interrupt a wait.
@@ -5534,7 +5539,7 @@ def describe_exit(code):
 #
 # A cluster by hand: one terminal for the scheduler, one for each worker.  A process ends with exit
 # code 0 if it was asked to end (Ctrl-C, SIGTERM, a client's ``shutdown``), with 1 and one line that
-# says why if it could not go on, and with 2 if its arguments make no sense.  What it says for
+# says why if it could not go on, and with 2 if ``parse`` refuses its arguments.  What it says for
 # programs to read (its address) goes to standard output, flushed at once; what happens meanwhile,
 # to standard error.
 
