@@ -4066,7 +4066,8 @@ def pack_result(key, result):
 #
 # A lock around the mind would do for threads, but not for ``__del__``: the collector may call it
 # in the thread that holds the lock.  And an interrupt (Ctrl-C in a notebook) may come between any
-# two lines of the user's thread; after an append, there is nothing that it could leave half done.
+# two lines of the user's thread; after an append, all that it could leave half done is to wake the
+# loop, and the next call that waits does without (``_catch_up``).
 #
 # Calls that wait are coroutines.  An asynchronous client returns them; a synchronous one, whose
 # loop runs in another thread, waits for them there: see ``Threaded._run``.
@@ -4078,8 +4079,8 @@ def pack_result(key, result):
 class CancelledError(concurrent.futures.CancelledError):
     """This future will never have a result; the message says why.
 
-    Somebody cancelled it, scattered data that it needs was lost with its worker, its client was
-    closed, or the scheduler is gone.
+    Somebody cancelled it, scattered data that it needs was lost with its worker or could be put on
+    none, its last future was released, its client was closed, or the scheduler is gone.
     """
 
 
@@ -4107,10 +4108,11 @@ class DoneAndNotDoneFutures(namedtuple("DoneAndNotDoneFutures", "done not_done")
 class Future(Shown):
     """The result of a task that may not have run yet.  Made by ``submit``, ``map``, ``scatter``.
 
-    The result is kept on the cluster while one of its futures lives: delete the last one, and it
-    is freed, or the task does not run if it has not begun.  Given as an argument, at any depth, to
-    ``submit`` or ``map``, a future becomes its value, on the worker.  ``key`` is the task's name;
-    two futures of one key are one task.  In an event loop, ``await future`` is its result.
+    The result is kept on the cluster while one of its futures lives: delete the last one, and if no
+    other task needs it, it is freed, or the task does not run if it has not begun.  Given as an
+    argument, at any depth, to ``submit`` or ``map``, a future becomes its value, on the worker.
+    ``key`` is the task's name; two futures of one key are one task.  In an event loop, ``await
+    future`` is its result.
     """
 
     def __init__(self, key, client):
@@ -4162,7 +4164,7 @@ class Future(Shown):
 
         ``timeout`` is in seconds, or a string like "10 ms".  Raises TimeoutError, and
         CancelledError if there will be no result.  The value is unpickled for each call: what one
-        caller does to it does not change another's.
+        caller does to it does not change another's, but for large arrays, which share their memory.
         """
         return self.client._wait_for([self], lambda: outcome(self._state), timeout, value=True)
 
@@ -4223,9 +4225,9 @@ class Future(Shown):
             self.client._post(lambda: self.client.state.stimulus_release(self._state))
 
     def __del__(self):
-        # No lock, no I/O: the collector may call this anywhere.  After a fork the parent's
-        # futures are none of the child's business.  (No lambda, which would bring back to life
-        # what is being deleted.)
+        # No lock, and nothing that waits: the collector may call this anywhere.  After a fork the
+        # parent's futures are none of the child's business.  (No lambda, which would bring back to
+        # life what is being deleted.)
         try:
             if self._state is not None and self.client._pid == os.getpid():
                 self._live.pop()
@@ -4541,9 +4543,9 @@ class Client(Threaded, Body):
 
         Each looks at the state itself, and waits on if it is not yet what it waits for.
 
-        A bounded number of entries in one turn of the loop.  Between the turns answers are read:
-        the first of 100,000 calls are running, and their results arrive, while the last are still
-        being submitted.
+        A bounded number of entries in one turn of the loop, until somebody waits (``_catch_up``).
+        Between the turns answers are read: the first of 100,000 calls are running, and their
+        results arrive, while the last are still being submitted.
         """
         self.waking = False
         for _ in range(min(len(self._inbox), LIMITS["batch_messages"])):
@@ -4582,7 +4584,7 @@ class Client(Threaded, Body):
         self.wake()
 
     async def _catch_up(self):
-        """Go on when all that was posted before has been acted on.
+        """Go on when all that was posted before has been acted on: in one turn of the loop.
 
         So a thread that has just submitted, and now waits, finds what it has submitted.
         """
@@ -4794,12 +4796,13 @@ class Client(Threaded, Body):
     def scatter(self, data, workers=None, broadcast=False, direct=None, hash=True, timeout=None):
         """Put data on the workers; return futures of it, when it is there.
 
-        A list, tuple, set, frozenset or namedtuple gives the like of futures; of a dict, the keys
-        name the tasks; anything else is one value.  Items go round robin, or to ``workers``; with
-        ``broadcast``, each goes to all of them.  Equal data shares a key, unless not ``hash``.  It
-        always goes directly to the workers, whatever ``direct``.  Scattered data cannot be computed
-        again.  Raises TimeoutError if no worker holds it within ``timeout`` seconds (if None, the
-        client's), TypeError for an iterator, a future, or what cannot be pickled.
+        A list, tuple, set, frozenset or namedtuple gives the like of futures, a range a list; of a
+        dict, the keys name the tasks; anything else is one value.  Items go round robin, or to
+        ``workers``; with ``broadcast``, each goes to all of them.  Equal data shares a key, unless
+        not ``hash``.  It always goes directly to the workers, whatever ``direct``.  Scattered data
+        cannot be computed again.  Raises TimeoutError if no worker holds it within ``timeout``
+        seconds (if None, the client's), TypeError for an iterator, a future, or what cannot be
+        pickled.
 
         For what many calls need: an argument travels by the scheduler, with each call again.
         """
@@ -4849,8 +4852,9 @@ class Client(Threaded, Body):
 
         ``errors="raise"`` raises the first exception; ``errors="skip"`` leaves what failed out of
         lists, and puts None in its place elsewhere.  Results come directly from the workers,
-        whatever ``direct``.  Raises the first failed task's own exception, without waiting for the
-        others; CancelledError for one that was cancelled; ValueError for another client's.
+        whatever ``direct``, but for small ones that came with their notices.  Raises the first
+        failed task's own exception, without waiting for the others; CancelledError for one that was
+        cancelled; ValueError for another client's.
 
         All of it comes here: if that is much, submit a call that needs only a part of it.
         """
@@ -4922,7 +4926,8 @@ class Client(Threaded, Body):
     def who_has(self, futures=None):
         """{key: addresses of the workers that hold it}, of these futures or of all there are.
 
-        A key that nobody holds has an empty list; one that the scheduler does not know is left out.
+        The addresses are a tuple, an empty one if nobody holds that key; a key that the scheduler
+        does not know is left out.
         Like all that looks inside, it asks the scheduler, and raises RuntimeError if this client is
         closed, ConnectionError if the scheduler is lost.
         """
@@ -5246,7 +5251,8 @@ class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
     def next_batch(self, block=True):
         """All that are done, as a list; with ``block``, at least one, for which it waits.
 
-        For an iteration by ``for``, whose client is synchronous.
+        For an iteration by ``for``, whose client is synchronous.  With ``block``, raises
+        StopIteration if none is left.
         """
         batch = [next(self)] if block else []
         return batch + list(islice(self, len(self._ready)))  # (Others may take some of them.)
