@@ -3458,9 +3458,13 @@ class Body(Shown, Entered):
         no longer about to come before it collects.
         """
         if not self.waking:
-            self.waking = True
-            with contextlib.suppress(RuntimeError):  # The loop is closed: nobody cares.
+            try:
+                self.waking = True
                 self.loop.call_soon_threadsafe(self.flush)
+            except BaseException as error:
+                self.waking = False  # It was an interrupt; else nobody would wake it any more.
+                if not isinstance(error, RuntimeError):  # (The loop is closed: nobody cares.)
+                    raise
 
     async def reach(self, holder, connection):
         """A data connection to a holder of values, from when it is first needed until it breaks.
@@ -4066,8 +4070,7 @@ def pack_result(key, result):
 #
 # A lock around the mind would do for threads, but not for ``__del__``: the collector may call it
 # in the thread that holds the lock.  And an interrupt (Ctrl-C in a notebook) may come between any
-# two lines of the user's thread; after an append, all that it could leave half done is to wake the
-# loop, and the next call that waits does without (``_catch_up``).
+# two lines of the user's thread; after an append, there is nothing that it could leave half done.
 #
 # Calls that wait are coroutines.  An asynchronous client returns them; a synchronous one, whose
 # loop runs in another thread, waits for them there: see ``Threaded._run``.
@@ -4164,7 +4167,7 @@ class Future(Shown):
 
         ``timeout`` is in seconds, or a string like "10 ms".  Raises TimeoutError, and
         CancelledError if there will be no result.  The value is unpickled for each call: what one
-        caller does to it does not change another's, but for large arrays, which share their memory.
+        caller does to it does not change another's.
         """
         return self.client._wait_for([self], lambda: outcome(self._state), timeout, value=True)
 
@@ -4294,7 +4297,8 @@ def outcome(state):
     """What a settled state has come to: its value, or an exception raised."""
     if state.value:
         try:
-            return loads(state.value)
+            # (Read-only: so each call gets arrays of its own.)
+            return loads([memoryview(frame).toreadonly() for frame in state.value])
         except Exception as error:
             raise RuntimeError(f"the result of {state.key!r} cannot be unpickled here") from error
     # (Not by a variable: the exception refers to this frame, which would refer to it.)

@@ -1575,6 +1575,28 @@ def test_a_local_cluster_whose_workers_do_not_start_says_so_and_leaves_nothing(m
     assert others_end(before)
 
 
+def test_an_interrupt_while_a_call_is_posted_does_not_keep_later_ones_waiting(monkeypatch):
+    done = threading.Event()
+    with Client(processes=False) as c:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                c.loop, "call_soon_threadsafe", unittest.mock.Mock(side_effect=[KeyboardInterrupt])
+            )
+            with pytest.raises(KeyboardInterrupt):
+                c.submit(abs, -1)
+        future = c.submit(abs, -2)
+        future.add_done_callback(lambda _: done.set())
+        assert done.wait(30)
+
+
+@on_cluster
+async def test_what_is_done_to_a_large_result_changes_no_other(c, a, b):
+    future = c.submit(lambda: pickle.PickleBuffer(bytearray(minidist.LARGE)))
+    first = await future
+    first[0] = 5
+    assert (type(first), (await future)[0], (await c.gather(future))[0]) == (bytearray, 0, 0)
+
+
 def test_an_interrupt_while_a_local_cluster_starts_leaves_nothing(monkeypatch):
     start, started = asyncio.create_subprocess_exec, []
 
