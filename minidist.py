@@ -4838,7 +4838,7 @@ class Client(Threaded, Body):
             except TimeoutError:
                 there = len(await self._ask("workers", options[0] or None))
                 called = f" called {workers!r}" if workers else ""
-                hint = "" if there else ": no worker is there, start one"
+                hint = "" if there else ": start one"
                 text = f"not scattered after {timeout} s, with {there} workers{called}{hint}"
                 raise TimeoutError(text) from None
             for future in leaves_of(futures):

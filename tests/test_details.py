@@ -423,7 +423,7 @@ async def test_bad_calls_are_refused_at_the_call(c, a, b):
 async def test_a_scatter_waits_as_long_as_its_client_and_says_who_is_there(c, a, b):
     async with Client(c._address, asynchronous=True, timeout=0.1) as d:
         for options, waited in [({}, 0.1), ({"timeout": 0.2}, 0.2)]:
-            text = f"not scattered after {waited} s, with 0 workers called 'nobody'"
+            text = f"not scattered after {waited} s, with 0 workers called 'nobody': start one"
             with pytest.raises(TimeoutError, match=text):
                 await d.scatter(1, workers="nobody", **options)
 
