@@ -126,6 +126,8 @@ LIMITS = {
     "stall_seconds": 30,  # a peer that takes no byte for so long is dropped (on Linux)
 }
 
+ALLOWED_FAILURES = 3  # a task, or a fetch, may come to nothing so often without having raised
+
 SCHEDULER = "scheduler"  # the peer, seen from clients and workers
 ANOTHER_CALL = "the key {!r} is known, perhaps with another call or other data: that one is used"
 
@@ -566,6 +568,7 @@ class FutureState:
     nbytes: int = 0
     type: str = ""
     holders: "list[str] | tuple[()]" = ()
+    misses: int = 0  # how often none of its holders gave the value
     # Frames, from the moment when the value is here.  A value that is here is final.
     value: tuple = ()
     # Set in "error" only: a pickled exception; where none was ever pickled, ``type`` is its kind.
@@ -692,7 +695,7 @@ class ClientMind(FetchingMind):
         """
         for state in states:
             if self.futures.get(state.key) is state and state.status == "error":
-                state.want = self.next_number()
+                state.want, state.misses = self.next_number(), 0
                 self.send(SCHEDULER, "retry", state.key, state.want)
                 self.become(state, "pending")
 
@@ -846,12 +849,19 @@ class ClientMind(FetchingMind):
     def missed(self, name, misses):
         """Tell the scheduler of a value that nobody gave; it will answer, or already has.
 
-        Already, if the value was lost: then "key-lost" and this message cross.  Nothing is tried
-        again from here: who holds the value is for the scheduler to say.
+        Already, if the value was lost: then "key-lost" and this message cross.  Whom to ask next is
+        for the scheduler to say.  After some such rounds the fetch errs: this client cannot reach
+        who has the value, which is nobody else's business.
         """
         state = self.futures[name[0]]
-        self.become(state, "pending")
-        self.send(SCHEDULER, "fetch-missed", state.key, state.want, name[1], misses)
+        state.misses += 1
+        if state.misses > ALLOWED_FAILURES:
+            state.type = "ConnectionError"
+            text = f"{state.key!r} could not be fetched from {', '.join(misses)}"
+            self.become(state, "error", text)
+        else:
+            self.become(state, "pending")
+            self.send(SCHEDULER, "fetch-missed", state.key, state.want, name[1], misses)
 
     def validate(self):
         super().validate()
@@ -910,7 +920,6 @@ UNKNOWN_US = 500_000  # what a task of an unmeasured function is taken for
 TRANSFER_US = 1_000  # what any transfer costs, ...
 BYTES_PER_US = 100  # ... and how much is transferred in a microsecond: 100 MB/s
 MANY = 1 << 50  # more tasks than are ever submitted
-ALLOWED_FAILURES = 3  # a task may come to nothing so often without having raised
 
 
 @dataclass(eq=False, slots=True)
@@ -962,7 +971,7 @@ class TaskState:
     error: tuple = ()
 
     # What has gone wrong without its raising.  (The scheduler's mind explains these words in
-    # ``miss``, ``suspect`` and ``strike``.)
+    # ``strike`` and ``suspect``.)
     misses: int = 0  # how often one of its inputs, or its value, could not be had
     suspect: bool = False  # it was on a worker that died, and has not ended since
     deaths: tuple = ()  # the workers that died while it was alone there, and how
@@ -1051,7 +1060,7 @@ class SchedulerMind(Mind):
         queued="processing waiting no-worker released",
         no_worker="queued waiting processing released",
         processing="memory erred waiting released",
-        memory="waiting erred released",
+        memory="waiting released",
         erred="waiting released",
     )
 
@@ -1231,25 +1240,21 @@ class SchedulerMind(Mind):
         """A client could not get a value from any of its holders.
 
         It always gets an answer: who holds the value now, or the notice of a loss, which may cross
-        this message.  What can be computed again is (``strike``).  Of data that this client cannot
-        reach, a copy is made where it perhaps can.  The holder itself is sent one, too, to see
-        whether it lives: then that comes back at once.  If it is dead, we hear of that instead,
-        and have a loss to tell, and no broken link.  After some such rounds the fetch errs.
+        this message.  If those are all who have it, a copy is made where this client perhaps can
+        reach it.  They are sent one, too, to see whether they live: from who does, it comes back at
+        once; if one is dead, we hear of that instead.  Nothing is freed for a client's sake: if a
+        holder is at fault, the copy finds out (``strike``).
         """
         cs = self.clients[client]
         ts = self.wanted_by(cs, key, want)
         # Otherwise it was let go meanwhile; or lost or made again, and that notice is under way.
         if ts is not None and ts.state == "memory" and ts.attempt == attempt:
-            self.strike(ts, holders)
-            if ts.arriving or not ts.stuck:
-                self.tell(cs, ts)  # While copies are under way, after the last of them.
-            elif ts.misses > ALLOWED_FAILURES:
-                text = f"{key!r} could not be fetched from {', '.join(holders)}"
-                self.send(client, "key-erred", key, want, (), "ConnectionError", text)
-            else:
-                self.copy(ts, next(iter(ts.who_has)))
+            if not ts.arriving and all(ws.id in holders for ws in ts.who_has):
+                for ws in list(ts.who_has):
+                    self.copy(ts, ws)
                 if other := self.next_holder(lambda ws: ws not in ts.who_has):
                     self.copy(ts, other)
+            self.tell(cs, ts)  # While copies are under way, after the last of them.
         self.settle()
 
     def stimulus_query(self, client, number, what, keys):
@@ -1465,7 +1470,11 @@ class SchedulerMind(Mind):
         elif attempt in ws.processing:  # Else a copy that nobody needs any more.
             ts, current = self.end_attempt(ws, attempt, late=ws.late or not misses)
             if current and missed:
-                self.miss(ts, missed)
+                # Counted until it has failed, or nobody needs it.  Were it tried for ever, the user
+                # would see a task that is pending, and no reason.
+                ts.misses += 1
+                if ts.misses > ALLOWED_FAILURES:
+                    ts.error = ((), "ConnectionError", missed)
         self.settle()
 
     def stimulus_add_keys(self, worker, names):
@@ -2139,37 +2148,26 @@ class SchedulerMind(Mind):
         """A value could not be fetched from these holders: free it there, so that others are used.
 
         If there is no other, it is computed again; but links can stay broken, so not for ever.
-        The only copy of data is kept: whoever needs it has to go there.
+        Then it is kept, as the only copy of data always is: whoever needs it has to go there.
 
         Who is at fault, the holder, the link or the one that asked, cannot be known: the holder may
         just have been told to free it.  To free a replica that is good after all costs a transfer,
         or a computation; to keep one that cannot be had costs everybody who is sent there.  *Stuck*
-        is what must not be freed: tasks that need it are placed on its holder, and not stolen from
+        is what is not freed: tasks that need it are placed on its holder, and not stolen from
         there; nor is it handed over.  A second replica, wherever it comes from, ends that.  (Stuck,
         too, is what a worker was to copy, and its holder cannot pickle.)
         """
+        again = ts.run_spec and ts.misses < ALLOWED_FAILURES
         for ws in [self.workers[holder] for holder in holders if holder in self.workers]:
-            if ws in ts.who_has and (ts.run_spec or len(ts.who_has) > 1):
+            if ws in ts.who_has and (again or len(ts.who_has) > 1):
                 self.send_name(ws.id, "free-keys", (ts.key, ts.attempt))
                 self.remove_replica(ts, ws)
                 for attempt in [n for n, to in dict(ts.arriving).items() if to is ws]:
                     self.end_arrival(ts, attempt)  # Else its return would say: cannot be pickled.
             elif ws in ts.who_has:
                 ts.stuck = True
-                ts.misses += 1
         if not ts.who_has:
-            self.miss(ts, f"{ts.key!r} could not be fetched from {', '.join(holders)}")
-
-    def miss(self, ts, text):
-        """Its value, or one of its inputs, could not be had; too often, and it is given up.
-
-        Counted until it has failed, or nobody needs it.  Were it tried for ever, two hosts that
-        cannot reach each other would keep the cluster busy, and the user would see a task that is
-        pending, and no reason.
-        """
-        ts.misses += 1
-        if ts.misses > ALLOWED_FAILURES:
-            ts.error = ((), "ConnectionError", text)
+            ts.misses += 1
 
     def holders(self, ts):
         """Where it can be fetched: some of the workers, since a broadcast has thousands.

@@ -834,7 +834,7 @@ class Cluster:
         if message is None:
             if kind == "stream":
                 self.blame(sender)
-            elif sender in self.minds:  # (What was on a dead one was touched by its death.)
+            elif sender in self.minds and receiver[0] == "w":  # (Death touches all that was there.)
                 self.allowed.update(self.lineage(*self.links(sender).get((receiver, sender), ())))
             lost = "link_lost" if kind == "answer" else f"{role}_left"
             getattr(self.minds[receiver], f"stimulus_{lost}")(sender)
@@ -867,7 +867,7 @@ class Cluster:
     def witness(self, sender, op, fields):
         """Before the scheduler acts on a message: what it allows, and what it shows."""
         tasks, ws = self.minds[SCHEDULER].tasks, self.minds[SCHEDULER].workers.get(sender)
-        misses = ()
+        misses, current = (), False
         if op in ("submit", "retry"):
             # What failed because the same input did is retried, too.
             again = self.family(self.lineage(fields["key"])) if op == "retry" else [fields["key"]]
@@ -882,15 +882,16 @@ class Cluster:
             ts = tasks.get(fields["key"])
             wanted = ts in self.minds[SCHEDULER].clients[sender].wants_what
             current = wanted and ts.attempt == fields["attempt"] and ts.state == "memory"
-        elif op.startswith("task-") and fields["attempt"] in ws.processing:
-            ts, _ = ws.processing[fields["attempt"]]
-            current, misses = ts.attempt == fields["attempt"], fields.get("misses", ())
-            self.seen["abandoned"] += not current
-            self.seen["returned as late"] += op == "task-returned" and current and not misses
-        for key, attempt, holders in misses:
-            for holder in holders:
-                self.vain += [(sender, (key, attempt), holder)] if current else []
-                self.struck.add((holder, key, attempt)) if current else None
+        elif op.startswith("task-"):
+            current, misses = False, fields.get("misses", ())
+            self.struck.update((h, key, attempt) for key, attempt, some in misses for h in some)
+            if fields["attempt"] in ws.processing:
+                ts, _ = ws.processing[fields["attempt"]]
+                current = ts.attempt == fields["attempt"]
+                self.seen["abandoned"] += not current
+                self.seen["returned as late"] += op == "task-returned" and current and not misses
+        for key, attempt, holders in misses if current else ():
+            self.vain += [(sender, (key, attempt), holder) for holder in holders]
 
     def allow_run(self, key, tasks):
         """A key that nobody needed may run once, and what it is computed from, if nobody does."""
@@ -1047,7 +1048,7 @@ def honesty(cluster):
     """
     for client, state, _ in cluster.news:
         lineage = cluster.lineage(state.key)
-        named = set(re.findall(r"\bw\d+\b", state.text))
+        named = set(re.findall(r"\bw\d+\b(?! could not fetch)", state.text))
         assert named <= cluster.gone | {end for link in cluster.excused for end in link}, state
         its_own = ("it was cancelled", "its last future was released")
         if state.text and not state.text.startswith(its_own):

@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import time
+import unittest.mock
 import uuid
 from pathlib import Path
 
@@ -959,11 +960,38 @@ async def test_a_coroutine_counts_as_a_thread(c, a, b):
 # ---- Data and run ----
 
 
+def large_once(path):
+    with open(path, "a") as file:
+        file.write("called\n")
+    return bytes(100_000)
+
+
+def test_a_client_behind_a_firewall_fails_alone_and_what_others_have_is_not_computed_again(
+    tmp_path,
+):
+    path = tmp_path / "calls"
+    with minidist.LocalCluster(n_workers=2) as cluster, Client(cluster) as other:
+        theirs = other.submit(large_once, path)
+        wait(theirs)
+        with (
+            Client(cluster) as c,
+            unittest.mock.patch.object(
+                minidist.Connection, "connect", side_effect=OSError("no route")
+            ),
+        ):
+            with pytest.raises(
+                ConnectionError, match="large_once-.* could not be fetched from tcp:"
+            ):
+                c.submit(large_once, path).result(timeout=30)
+        assert (theirs.status, theirs.result()) == ("finished", bytes(100_000))
+    assert path.read_text() == "called\n"
+
+
 def test_data_that_no_worker_is_there_for_raises_a_timeout_error_that_says_so():
     with Client(n_workers=0) as c:
-        with pytest.raises(TimeoutError, match="no worker"):
+        with pytest.raises(TimeoutError, match="with 0 workers: start one"):
             c.scatter([1, 2, 3], timeout=0.1)
-        with pytest.raises(TimeoutError, match="no worker"):
+        with pytest.raises(TimeoutError, match="with 0 workers: start one"):
             c.scatter({"x": 1}, timeout="100 ms")
 
 

@@ -289,7 +289,7 @@ def test_an_attempt_outlives_the_failure_of_an_input_that_it_has_fetched_already
     assert s.states() == {"x": "erred", "busy": "erred", "y": "memory"}
 
 
-def test_a_client_that_missed_is_told_of_the_other_holders():
+def test_a_client_that_missed_is_told_of_another_holder_first():
     s = Scheduler("v", "w")
     s.submit("x")
     holder, attempt = s.finish("x")
@@ -297,22 +297,61 @@ def test_a_client_that_missed_is_told_of_the_other_holders():
     s.stimulus_add_keys(other, [("x", attempt)])
     sent(s)
     s.stimulus_fetch_missed("c", "x", 1, attempt, [holder])
-    (freed, told) = sent(s)
-    assert (told[1], told[2]["holders"]) == ("key-in-memory", [other])
-    assert freed == (holder, "free-keys", {"names": [("x", attempt)]})
+    ((_, op, fields),) = sent(s)
+    assert (op, fields["holders"]) == ("key-in-memory", [other, holder])
 
 
-def test_a_client_that_missed_every_holder_makes_the_task_run_again_but_not_for_ever():
-    s = Scheduler("w")
+def test_a_client_that_cannot_reach_a_result_gets_a_copy_elsewhere_and_costs_nobody_a_run():
+    s = Scheduler("v", "w")
     s.submit("x")
-    for _ in range(ALLOWED_FAILURES):
+    holder, attempt = s.finish("x")
+    other = "w" if holder == "v" else "v"
+    sent(s)
+    s.stimulus_fetch_missed("c", "x", 1, attempt, [holder])
+    copies = {peer: f["attempt"] for peer, op, f in sent(s) if op == "compute-task"}
+    assert {*copies} == {holder, other}
+    s.stimulus_task_returned(holder, copies[holder], [])
+    assert sent(s) == [], "the other copy is under way"
+    s.stimulus_add_keys(other, [("x", attempt)])
+    s.stimulus_task_returned(other, copies[other], [])
+    assert sent(s)[-1][2]["holders"] == [other, holder]
+    for _ in range(2 * ALLOWED_FAILURES):
+        s.stimulus_fetch_missed("c", "x", 1, attempt, [other, holder])
+        for peer, op, fields in sent(s):
+            assert op in ("compute-task", "key-in-memory")
+            if op == "compute-task":
+                s.stimulus_task_returned(peer, fields["attempt"], [])
+    assert s.states() == {"x": "memory"}
+
+
+def test_a_value_that_a_client_misses_too_often_is_an_error_there_until_it_is_retried():
+    client, x = client_with_x(value=())
+    for want in (1, 2):
+        client.stimulus_ask([x])
+        for _ in range(ALLOWED_FAILURES):
+            client.stimulus_data("w", "x", 5, "missing", ())
+            assert (x.status, sent(client)[-1][1]) == ("pending", "fetch-missed")
+            client.stimulus_key_in_memory(SCHEDULER, "x", want, 5, 8, "int", ["w"], ())
+        client.stimulus_data("w", "x", 5, "missing", ())
+        assert (x.status, x.type) == ("error", "ConnectionError")
+        assert x.text == "'x' could not be fetched from w"
+        assert [op for _, op, _ in sent(client)] == ["get-data"]
+        client.stimulus_retry([x])
+        client.stimulus_key_in_memory(SCHEDULER, "x", want + 1, 5, 8, "int", ["w"], ())
+
+
+def test_a_result_that_a_worker_cannot_fetch_is_made_again_but_not_for_ever_then_it_draws_tasks():
+    s = Scheduler("v", "w")
+    s.submit("x", workers=["name of v"])
+    for n in range(ALLOWED_FAILURES + 1):
         _, attempt = s.finish("x")
-        s.stimulus_fetch_missed("c", "x", 1, attempt, ["w"])
-        assert s.states() == {"x": "processing"}
-    _, attempt = s.finish("x")
-    s.stimulus_fetch_missed("c", "x", 1, attempt, ["w"])
-    assert s.states() == {"x": "erred"}
-    assert "could not be fetched from w" in sent(s)[-1][2]["text"]
+        s.submit("y", "x", workers=["name of w"], want=n)
+        y = s.tasks["y"]
+        assert y.processing_on.id == "w"
+        s.stimulus_task_returned("w", y.attempt, [("x", attempt, ["v"])])
+        assert s.states()["x"] == ("processing" if n < ALLOWED_FAILURES else "memory")
+        assert n < ALLOWED_FAILURES or y.processing_on.id == "v"
+        s.release("y", want=n)
 
 
 def test_a_task_that_is_returned_with_misses_too_often_errs():
@@ -353,17 +392,17 @@ def test_an_input_that_is_made_again_leaves_alone_the_attempt_that_had_it():
     assert s.states() == {"x": "memory", "busy": "queued", "y": "processing"}
 
 
-def test_a_value_that_cannot_be_had_fails_the_dependents_that_wait_for_room():
-    s = Scheduler("w")
-    s.submit("x")
-    for _ in range(ALLOWED_FAILURES):
-        s.stimulus_fetch_missed("c", "x", 1, s.finish("x")[1], ["w"])
-    _, attempt = s.finish("x")
-    s.submit("y", "x")
-    s.submit("z", "x")
-    assert s.states() == {"x": "memory", "y": "processing", "z": "queued"}
-    s.stimulus_fetch_missed("c", "x", 1, attempt, ["w"])
-    assert s.states() == {"x": "erred", "y": "processing", "z": "erred"}
+def test_a_result_that_is_lost_and_fails_then_fails_the_dependents_that_have_not_fetched_it():
+    s = Scheduler("v", "w")
+    s.submit("x", workers=["name of v"])
+    s.finish("x")
+    for key in ("y", "busy", "z"):
+        s.submit(key, "x", workers=["name of w"])
+    assert s.tasks["z"].state == "queued"
+    s.stimulus_worker_left("v")
+    s.stimulus_register_worker("v2", "name of v", 1, [], [])
+    s.stimulus_task_erred("v2", s.tasks["x"].attempt, (b"error",))
+    assert s.states() == {"x": "erred", "y": "processing", "busy": "processing", "z": "erred"}
 
 
 def test_a_suspect_that_is_let_go_makes_way_for_what_waits_behind_it():

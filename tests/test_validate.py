@@ -201,7 +201,7 @@ NEITHER = {  # {reason: fields}
         SchedulerMind.story ClientMind.story WorkerMind.story SchedulerMind.durations SchedulerMind.losses
         ClientMind.dead WorkerMind.dead TaskState.misses TaskState.deaths
         TaskState.stuck TaskState.lost TaskState.why WorkerState.late WorkerState.seen_us
-        FutureState.text ClientState.warned""",
+        FutureState.text FutureState.misses ClientState.warned""",
     "it is a supply of numbers, a clock, or a constant": """
         SchedulerMind.number ClientMind.number WorkerMind.number
         SchedulerMind.submitted SchedulerMind.now_us SchedulerMind.ttl_us
