@@ -1306,7 +1306,8 @@ class SchedulerMind(Mind):
         (One that is leaving is called nothing any more: its successor may bear its name.)
         """
         if any(ws.name == name for ws in self.called.get(name, ())):
-            text = f"a worker named {name!r} is there already: choose another name"
+            text = f"a worker named {name!r} is there already"
+            text += ": choose another name, or try again soon if it has died"
             self.news.append(f"Worker {worker} was refused: {text}")
             self.send(worker, "refused", text)
             return
@@ -2688,7 +2689,9 @@ class Connection:
         Raises OSError or EOFError if nobody is there, PermissionError if we are refused.
         """
         async with asyncio.timeout(LIMITS["handshake_seconds"]):
-            streams = await asyncio.open_connection(*split_address(address), limit=4 * CHUNK)
+            # (A name may have several addresses, and one of them be of no use from here.)
+            options = {"limit": 4 * CHUNK, "happy_eyeballs_delay": 0.25}
+            streams = await asyncio.open_connection(*split_address(address), **options)
         await self.open(*streams, role, worker)
 
     async def open(self, reader, writer, role, worker="", accepting=False):
@@ -3283,8 +3286,14 @@ def dropping(peer):
         logger.warning("Refused %s: %s", peer, error)
     except ProtocolError as error:
         logger.warning("Dropped %s: %s", peer, error)
-    except (OSError, EOFError):
-        pass  # What it means that a peer is gone is the mind's business.
+    except (OSError, EOFError) as error:
+        # What it means that a peer is gone is the mind's business; if the network is, the reader's.
+        if getattr(error, "errno", None) in (
+            errno.ETIMEDOUT,
+            errno.EHOSTUNREACH,
+            errno.ENETUNREACH,
+        ):
+            logger.warning("The connection to %s broke: %s", peer, error)
     except Exception:
         logger.exception("Dropped %s: what it sent cannot be", peer)
 
@@ -3492,7 +3501,8 @@ def reachable(host):
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((elsewhere[host], 9))  # Sends nothing; only asks for the route out.
         return probe.getsockname()[0]
-    return "127.0.0.1" if four else "::1"  # There is none.
+    logger.warning("This machine has no route to others: they may have to use another address")
+    return "127.0.0.1" if four else "::1"
 
 
 async def reach_scheduler(address, body, timeout):
@@ -3504,6 +3514,8 @@ async def reach_scheduler(address, body, timeout):
     """
     pause = 0.1  # between two trials, and the least that one may take
     deadline = math.inf if timeout is None else time.monotonic() + max(timeout, pause)
+    hint = "; if it is in this event loop, use asynchronous=True" if body.role == "client" else ""
+    why = f"no answer{hint}"
     for trial in count():
         connection = Connection()
         try:
@@ -3518,7 +3530,7 @@ async def reach_scheduler(address, body, timeout):
             connection.hang_up()
             if not isinstance(error, (OSError, EOFError)):
                 raise
-            why = str(error) or "no answer; if it is in this event loop, use asynchronous=True"
+            why = str(error) or why  # (The last trial is cut short, and says nothing.)
             if time.monotonic() + pause >= deadline:
                 text = f"no scheduler at {address} within {timeout} s ({why})"
                 raise ConnectionError(f"{text}: is it running, is this its address?") from error

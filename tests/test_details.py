@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import gc
 import inspect
@@ -493,6 +494,42 @@ def test_where_nobody_answers_a_client_gives_up_in_its_own_time():
         with pytest.raises(ConnectionError, match="no answer"):
             Client(f"127.0.0.1:{silent.getsockname()[1]}", timeout=0.2)
         assert time.monotonic() - start < LIMITS["handshake_seconds"] / 2
+
+
+def test_the_reason_why_no_scheduler_was_found_is_that_of_the_last_trial_that_had_one():
+    refused = [OSError("Connection refused"), TimeoutError()]
+    with unittest.mock.patch.object(minidist.Connection, "connect", side_effect=refused):
+        with pytest.raises(ConnectionError, match=r"no scheduler at .*\(Connection refused\)"):
+            Client("127.0.0.1:8786", timeout=0.15)
+    worker = types.SimpleNamespace(role="worker")
+    with unittest.mock.patch.object(minidist.Connection, "connect", side_effect=TimeoutError):
+        with pytest.raises(ConnectionError, match=r"\(no answer\)"):
+            asyncio.run(minidist.reach_scheduler("127.0.0.1:8786", worker, 0.01))
+
+
+@on_cluster
+async def test_a_name_with_an_address_where_nobody_answers_is_reached_by_its_other(c, a, b):
+    _, port = minidist.split_address(c._address)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.socket() as first:
+        first.connect(full.getsockname())  # The kernel ignores the next ones.
+        addresses = [full.getsockname(), ("127.0.0.1", port)]
+
+        async def resolve(*_, **__):
+            return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", each) for each in addresses]
+
+        asyncio.get_running_loop().getaddrinfo = resolve
+        async with Client(f"head:{port}", asynchronous=True, timeout=8) as client:
+            assert await client.submit(abs, -1) == 1
+
+
+def test_a_connection_that_the_network_breaks_is_logged_and_one_that_its_peer_ends_is_not(caplog):
+    for error in [ConnectionResetError(errno.ECONNRESET, "reset"), EOFError(), TimeoutError()]:
+        with minidist.dropping("a"):
+            raise error
+    for number in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH):
+        with minidist.dropping("b"):
+            raise OSError(number, "not there")
+    assert [text.partition(":")[0] for text in caplog.messages] == 3 * ["The connection to b broke"]
 
 
 def test_who_is_silent_in_the_handshake_is_dropped(monkeypatch):

@@ -318,7 +318,8 @@ def test_a_scheduler_logs_which_workers_come_and_go_and_why():
 
 
 def test_a_scheduler_logs_one_line_for_each_worker_that_it_refuses(scheduler):
-    name_in_use = "a worker named 'a' is there already: choose another name"
+    name_in_use = "a worker named 'a' is there already: choose another name, or try again soon"
+    name_in_use += " if it has died"
     with a_worker(scheduler.address, "a") as a:
         address_of(a)
         assert line_of(scheduler) == "INFO Worker ADDRESS (a) joined, threads: 1"
