@@ -27,6 +27,7 @@ import types
 import typing
 import unittest.mock
 import weakref
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -653,6 +654,23 @@ def test_who_registers_a_second_time_is_dropped(caplog):
     assert "register-client a second time" in caplog.text
 
 
+def test_who_sends_what_cannot_be_is_dropped_and_others_are_served_on(caplog):
+    async def main():
+        async with minidist.Scheduler() as s, Client(s.address, asynchronous=True) as c:
+            peer = minidist.Connection()
+            await peer.connect(s.address, "worker")
+            peer.send(["register-worker", "me", "me", 1, [], []])
+            await peer.receive()
+            peer.send(["task-finished", 12345, 1, "int", 1, []])  # It was never told to begin.
+            with pytest.raises(asyncio.IncompleteReadError):
+                await peer.receive()
+            assert await c.nthreads() == {}
+            await peer.close()
+
+    asyncio.run(main())
+    assert "Dropped me: what it sent cannot be" in caplog.text
+
+
 def test_who_connects_just_before_the_end_is_hung_up_on():
     async def main():
         accepted = asyncio.get_running_loop().create_future()
@@ -698,6 +716,67 @@ def test_a_data_connection_reaches_only_the_worker_process_that_it_means():
                 await minidist.Connection().connect(a.address, "client", f"{a.address}#another")
 
     asyncio.run(main())
+
+
+def test_who_sends_another_message_by_a_data_connection_is_dropped(caplog):
+    async def main():
+        async with minidist.Scheduler() as s, Worker(s.address, nthreads=1) as a:
+            peer = minidist.Connection()
+            await peer.connect(a.address, "client", a.id)
+            peer.send(["leave"])
+            with pytest.raises(asyncio.IncompleteReadError):
+                await asyncio.wait_for(peer.receive(), 10)
+            await peer.close()
+
+    asyncio.run(main())
+    assert "leave on a data connection" in caplog.text
+
+
+def test_a_holder_that_hangs_up_in_the_handshake_is_one_that_is_gone(caplog):
+    async def main():
+        async def hang_up(reader, writer):
+            await reader.read(1)
+            writer.close()
+
+        holder = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+        port = holder.sockets[0].getsockname()[1]
+        async with minidist.Scheduler() as s, Client(s.address, asynchronous=True) as c:
+            peer, id = minidist.Connection(), f"tcp://127.0.0.1:{port}#0"
+            await peer.connect(s.address, "worker")
+            peer.send(["register-worker", id, "nobody", 1, [], []])
+            await peer.receive()
+            with pytest.raises(ConnectionError, match=f"no connection to {id}"):
+                await c.run(os.getpid)
+            await peer.close()
+        holder.close()
+
+    asyncio.run(main())
+    assert "Cannot reach tcp://127.0.0.1" in caplog.text
+
+
+@on_cluster
+async def test_whoever_uses_the_mind_of_a_worker_holds_its_lock(c, a, b):
+    class Mind(type(a.state)):
+        def __getattribute__(self, name):
+            if name.startswith("stimulus_"):
+                (safe if a.lock._is_owned() else unsafe).add(name.removeprefix("stimulus_"))
+            return super().__getattribute__(name)
+
+    safe, unsafe = set(), set()
+    a.state.__class__ = Mind
+    on_b = c.submit(bytes, 100_000, workers="b")
+    assert await c.submit(len, on_b, workers="a") == 100_000
+    with pytest.raises(ZeroDivisionError):
+        await c.submit(operator.truediv, 1, 0, workers="a")
+    await c.scatter(1, workers="a")
+    assert {"compute_task", "take", "data", "finished", "failed", "put_data"} <= safe
+    assert not unsafe
+
+
+@on_cluster
+async def test_a_coroutine_that_has_ended_is_not_kept(c, a, b):
+    assert await c.submit(asyncio.sleep, 0, "done", workers="a") == "done"
+    assert not [task for task in a.tasks if task.done()]
 
 
 def test_a_future_of_a_known_task_looks_like_what_it_is_at_once(scheduler):
@@ -1163,6 +1242,21 @@ def test_a_secret_is_the_same_however_its_file_ends_and_an_empty_one_is_none(mon
     assert minidist.secret() == b"\xff"
 
 
+def test_who_is_second_to_make_the_secret_takes_that_of_the_first(monkeypatch, tmp_path):
+    link = Path.hardlink_to
+
+    def be_second(path, draft):
+        path.write_text("of the first")
+        path.chmod(0o600)
+        link(path, draft)
+
+    monkeypatch.delenv("MINIDIST_TOKEN")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(Path, "hardlink_to", be_second)
+    assert minidist.secret() == b"of the first"
+    assert [path.name for path in (tmp_path / ".minidist").iterdir()] == ["token"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_workers_and_schedulers_at_once_and_without_a_traceback(
     scheduler, listener, number
@@ -1431,8 +1525,11 @@ def test_an_address_of_another_protocol_is_none(address):
         Client(address)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "here:there", "127.0.0.1:-1", "127.0.0.1:65536"])
-def test_an_address_ends_with_the_number_of_a_port(address):
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "here:there", "127.0.0.1:-1", "127.0.0.1:65536", ":8786", "tcp://:8786"],
+)
+def test_an_address_is_a_host_and_the_number_of_a_port(address):
     with pytest.raises(ValueError, match="is no address"):
         Client(address)
 
