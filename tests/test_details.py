@@ -92,6 +92,14 @@ def test_sizes_are_bounded_before_anything_is_read():
             read([stream], "client")
 
 
+@pytest.mark.parametrize(
+    "header", ["5", "[5,[]]", "[[],5]", "[[],[0.5]]", "[[],[-1]]", "[[]]", "{"]
+)
+def test_what_is_no_header_is_a_protocol_error(header):
+    with pytest.raises(ProtocolError, match="no header"):
+        read([minidist.PREFIX.pack(len(header)), header.encode()], "client")
+
+
 def test_large_frames_arrive_in_a_writable_buffer_of_their_own():
     frames = [b"small", b"x" * 300_000, b"y" * 200_000]
     message = ["data", "k", 1, "ok", frames]
@@ -117,6 +125,18 @@ def test_the_context_of_an_exception_arrives_too_unless_it_is_suppressed():
         assert got.__cause__ is None
         text = "".join(traceback.format_exception(got))
         assert ("During handling" in text) is not suppress
+
+
+def test_of_a_long_chain_of_exceptions_the_last_twenty_arrive():
+    error = None
+    for number in range(30):
+        error, cause = ValueError(number), error
+        error.__cause__ = cause
+    arrived, link = [], unpack_exception(pack_exception(error))
+    while link:
+        arrived.append(link.args[0])
+        link = link.__cause__
+    assert arrived == [*range(29, 9, -1)]
 
 
 def test_the_traceback_of_an_exception_names_files_lines_and_functions():
@@ -533,6 +553,19 @@ def test_a_connection_that_the_network_breaks_is_logged_and_one_that_its_peer_en
     assert [text.partition(":")[0] for text in caplog.messages] == 3 * ["The connection to b broke"]
 
 
+def test_where_nobody_listens_a_client_tries_ten_times_a_second(monkeypatch):
+    connect, tried = minidist.Connection.connect, []
+
+    def count_and_connect(*args):
+        tried.append(args)
+        return connect(*args)
+
+    monkeypatch.setattr(minidist.Connection, "connect", count_and_connect)
+    with pytest.raises(ConnectionError):
+        Client("127.0.0.1:1", timeout=0.25)
+    assert len(tried) <= 3
+
+
 def test_who_is_silent_in_the_handshake_is_dropped(monkeypatch):
     monkeypatch.setitem(LIMITS, "handshake_seconds", 0.05)
 
@@ -559,6 +592,38 @@ def test_who_runs_another_python_is_refused_with_both_versions(monkeypatch):
         server.close()
 
     asyncio.run(main())
+
+
+def test_who_says_something_else_than_hello_is_refused(monkeypatch):
+    other = (b"somebody", minidist.PROTOCOL, *sys.version_info[:2], 0, bytes(32), bytes(32))
+
+    async def main():
+        async def say_something_else(reader, writer):
+            writer.write(minidist.HELLO.pack(*other))
+
+        server = await asyncio.start_server(say_something_else, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(PermissionError, match="does not speak minidist"):
+            await minidist.Connection().connect(f"127.0.0.1:{port}", "client")
+        server.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("host, here", [("0.0.0.0", "127.0.0.1"), ("::", "::1")])
+def test_without_a_way_to_others_a_machine_is_reached_from_itself(monkeypatch, host, here):
+    def no_way(*_):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "socket", no_way)
+    assert minidist.reachable(host) == here
+
+
+@on_cluster
+async def test_everybody_listens_only_where_told(c, a, b):
+    async with minidist.Scheduler() as s:
+        for body in (s, a, b):
+            assert [end.getsockname()[0] for end in body.server.sockets] == ["127.0.0.1"]
 
 
 def test_a_connection_to_a_host_that_is_gone_ends_by_itself():
@@ -616,6 +681,16 @@ async def test_who_waits_in_vain_leaves_nothing_behind(c, a, b):
         with pytest.raises(TimeoutError):
             await waiting
     assert not any(c._watchers.values())
+
+
+@on_cluster
+async def test_as_completed_leaves_no_task_behind_when_its_time_is_over(c, a, b):
+    before = asyncio.all_tasks()
+    futures = minidist.as_completed([c.submit(abs, -1, workers="nobody")], timeout=0.01)
+    with pytest.raises(TimeoutError):
+        await anext(futures)
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() <= before
 
 
 @on_cluster
@@ -785,6 +860,54 @@ def test_a_future_of_a_known_task_looks_like_what_it_is_at_once(scheduler):
         wait(first)
         looks = [repr(c.submit(abs, -1)) for _ in range(20)]
         assert looks == [f"<Future: finished, type: int, key: {first.key}>"] * 20
+
+
+def test_a_result_that_is_retried_before_it_is_taken_is_to_be_waited_for_again():
+    with pytest.raises(RuntimeError, match="retried just now: wait for it again"):
+        minidist.outcome(minidist.FutureState("x", 1))
+
+
+class Unreadable:
+    """It can be pickled, with more bytes than it says, and not be unpickled."""
+
+    nbytes = 1
+
+    def __reduce__(self):
+        return refuse_to_be_made, (bytes(100_000),)
+
+
+def refuse_to_be_made(data):
+    raise ValueError("not here")
+
+
+@on_cluster
+async def test_what_cannot_be_unpickled_is_named_with_its_place_and_its_cause(c, a, b):
+    call = c.submit(abs, Unreadable(), key="call", workers="a")
+    text = "the call of 'call' cannot be unpickled on a: ValueError: not here: can that worker"
+    with pytest.raises(RuntimeError, match=text):
+        await call
+    with pytest.raises(RuntimeError, match="the result of 'result' cannot be unpickled here"):
+        await c.submit(Unreadable, key="result")
+
+
+@on_cluster
+async def test_a_result_that_is_larger_than_it_says_stays_on_its_worker(c, a, b):
+    with pytest.raises(RuntimeError, match="cannot be unpickled"):
+        await c.submit(Unreadable)
+    assert len(c.links) == 2, "it was asked for there"
+
+
+def test_a_value_that_is_freed_while_it_is_unpickled_is_not_kept():
+    worker = Worker("127.0.0.1:8786")  # It is never started.
+    assert worker.unpacked(("x", 1), minidist.Packed(dumps([1]))) == [1]
+    assert not worker.data
+
+
+def test_who_cannot_count_the_cores_has_one_thread(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert Worker("127.0.0.1:8786").nthreads == 1
+    cluster = minidist.LocalCluster(asynchronous=True)  # Neither is started.
+    assert (cluster.n_workers, cluster.threads_per_worker) == (1, 1)
 
 
 def test_a_future_can_be_looked_at_in_the_loop_and_while_that_is_busy():
@@ -1253,6 +1376,7 @@ def test_who_is_second_to_make_the_secret_takes_that_of_the_first(monkeypatch, t
     monkeypatch.delenv("MINIDIST_TOKEN")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(Path, "hardlink_to", be_second)
+    (tmp_path / ".minidist").mkdir()
     assert minidist.secret() == b"of the first"
     assert [path.name for path in (tmp_path / ".minidist").iterdir()] == ["token"]
 
@@ -1887,6 +2011,29 @@ def test_a_closed_client_says_that_it_is_closed_whatever_is_asked():
             ask()
 
 
+def test_who_asks_a_scheduler_that_goes_is_told_that_it_is_gone(caplog):
+    async def main():
+        async with minidist.Scheduler() as s, Client(s.address, asynchronous=True) as c:
+            asking = asyncio.ensure_future(c.who_has())
+            await asyncio.sleep(0)
+            c._scheduler.hang_up()
+            with pytest.raises(ConnectionError, match=f"the scheduler at {s.address} is gone"):
+                await asking
+
+    asyncio.run(main())
+
+
+def test_a_shutdown_is_no_fault_of_anybody(caplog):
+    async def main():
+        async with minidist.Scheduler() as s, Worker(s.address, 1):
+            async with Client(s.address, asynchronous=True) as c:
+                await (await Client(s.address, asynchronous=True)).shutdown()
+                await asyncio.wait([c._scheduler.following])
+
+    asyncio.run(main())
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
 def test_what_is_fired_and_forgotten_after_the_end_of_its_client_is_refused():
     with Client(processes=False) as c:
         futures = c.map(through, range(2))
@@ -1998,6 +2145,12 @@ def test_a_number_of_workers_or_threads_that_cannot_be_is_refused_at_the_call(
 )
 def test_the_size_of_a_container_is_about_that_of_what_it_holds(make):
     assert 100_000 < minidist.sizeof(make(b"%1000d" % i for i in range(100))) < 150_000
+
+
+def test_a_container_that_holds_itself_has_a_size():
+    loop = []
+    loop += [loop] * 1_000
+    assert minidist.sizeof(loop) > 8_000
 
 
 @on_cluster

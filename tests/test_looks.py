@@ -110,6 +110,13 @@ def test_where_standard_error_is_no_terminal_progress_waits_and_draws_nothing():
     assert (out, err) == ("['finished', 'finished', 'finished', 'finished']\n", "")
 
 
+def test_bars_are_drawn_on_standard_error(monkeypatch, capfd):
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24)))
+    Bars([FutureState("add-1", want=1)], multi=True).write()
+    out, err = capfd.readouterr()
+    assert out == "" and "0 of 1" in err
+
+
 def test_ctrl_c_ends_the_drawing_and_leaves_the_cluster_alone():
     with on_a_terminal(INTERRUPTED) as terminal:
         assert b"0 of 1" in read(terminal, until=b"0 of 1")
@@ -213,8 +220,10 @@ def test_of_nothing_there_is_no_progress(c):
 
 
 def test_futures_of_two_clients_have_no_common_progress(c):
-    with Client(c.cluster) as other, pytest.raises(ValueError, match="belongs to another client"):
-        progress(c.submit(abs, -1), other.submit(abs, -2))
+    with Client(c.cluster) as other:
+        with pytest.raises(ValueError, match="belongs to another client"):
+            progress(c.submit(abs, -1), other.submit(abs, -2))
+        progress(c.submit(abs, -1))  # One of a client that is not the current one has.
 
 
 def test_an_asynchronous_client_awaits_its_progress():

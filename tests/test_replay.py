@@ -255,6 +255,27 @@ def test_a_scheduler_that_cannot_record_does_not_start(tmp_path):
     assert done.returncode == 1 and "no folder" in said and not done.stdout
 
 
+def test_a_scheduler_that_records_nothing_keeps_nothing_of_what_it_is_told(monkeypatch):
+    async def main():
+        async with minidist.Scheduler() as s, Worker(s.address, 1):
+            async with Client(s.address, asynchronous=True) as c:
+                assert await c.submit(abs, -1) == 1
+            assert len(s.recorded) == 1
+
+    monkeypatch.delenv("MINIDIST_RECORD")
+    asyncio.run(main())
+
+
+def test_when_a_scheduler_was_told_nothing_nothing_is_recorded(tmp_path):
+    async def main():
+        async with minidist.Scheduler(record=tmp_path / "file") as s:
+            for _ in range(3):
+                s.flush()
+
+    asyncio.run(main())
+    assert "" not in (tmp_path / "file").read_text().split("\n")[:-1]
+
+
 def test_a_disk_that_is_full_ends_the_recording_and_nothing_else(caplog):
     async def main():
         async with minidist.Scheduler(record="/dev/full") as s, Worker(s.address, 1):
