@@ -93,7 +93,9 @@ def test_sizes_are_bounded_before_anything_is_read():
 
 
 @pytest.mark.parametrize(
-    "header", ["5", "[5,[]]", "[[],5]", "[[],[0.5]]", "[[],[-1]]", "[[]]", "{"]
+    "header",
+    ["5", "[5,[]]", "[[],5]", "[[],[0.5]]", "[[],[-1]]", "[[]]", "{", "[" * 200_000],
+    ids=lambda header: header[:10],
 )
 def test_what_is_no_header_is_a_protocol_error(header):
     with pytest.raises(ProtocolError, match="no header"):
@@ -448,6 +450,10 @@ async def test_a_scatter_waits_as_long_as_its_client_and_says_who_is_there(c, a,
             text = f"not scattered after {waited} s, with 0 workers called 'nobody': start one"
             with pytest.raises(TimeoutError, match=text):
                 await d.scatter(1, workers="nobody", **options)
+    async with minidist.Scheduler() as s, Client(s.address, asynchronous=True, timeout=0) as d:
+        text = "not scattered after 0 s, with 0 workers: start one"
+        with pytest.raises(TimeoutError, match=text):
+            await d.scatter(1)
 
 
 @on_cluster
@@ -553,7 +559,7 @@ def test_a_connection_that_the_network_breaks_is_logged_and_one_that_its_peer_en
     assert [text.partition(":")[0] for text in caplog.messages] == 3 * ["The connection to b broke"]
 
 
-def test_where_nobody_listens_a_client_tries_ten_times_a_second(monkeypatch):
+def test_where_nobody_listens_a_client_tries_ten_times_a_second_and_in_silence(monkeypatch, caplog):
     connect, tried = minidist.Connection.connect, []
 
     def count_and_connect(*args):
@@ -563,7 +569,7 @@ def test_where_nobody_listens_a_client_tries_ten_times_a_second(monkeypatch):
     monkeypatch.setattr(minidist.Connection, "connect", count_and_connect)
     with pytest.raises(ConnectionError):
         Client("127.0.0.1:1", timeout=0.25)
-    assert len(tried) <= 3
+    assert len(tried) <= 3 and not caplog.records
 
 
 def test_who_is_silent_in_the_handshake_is_dropped(monkeypatch):
@@ -664,6 +670,32 @@ def test_who_takes_bytes_slowly_is_not_taken_for_stalled(monkeypatch):
     asyncio.run(main())
 
 
+def test_what_is_sent_while_a_large_batch_is_written_comes_after_it():
+    sizes = [4 << 20, 10, 4 << 20, 10]
+
+    async def main():
+        arrived = asyncio.get_running_loop().create_future()
+
+        async def take(reader, writer):
+            got = []
+            while len(got) < len(sizes):
+                got += [len(v[0]) for *_, v in await minidist.read_batch(reader, "holder")]
+            arrived.set_result(got)
+
+        server = await asyncio.start_server(take, "127.0.0.1", 0)
+        connection = minidist.Connection()
+        address = server.sockets[0].getsockname()
+        _, connection.writer = await asyncio.open_connection(*address)
+        for size in sizes:
+            connection.send(["data", "x", 1, "ok", [bytes(size)]])
+            connection.flush()
+        assert await arrived == sizes
+        await connection.close()
+        server.close()
+
+    asyncio.run(main())
+
+
 @on_cluster
 async def test_a_small_result_comes_with_its_notice_and_a_large_one_from_its_worker(c, a, b):
     large = c.submit(bytes, 100_000)
@@ -681,6 +713,24 @@ async def test_who_waits_in_vain_leaves_nothing_behind(c, a, b):
         with pytest.raises(TimeoutError):
             await waiting
     assert not any(c._watchers.values())
+
+
+@on_cluster
+async def test_a_client_with_nothing_to_do_sleeps(c, a, b):
+    future = c.submit(abs, -1)
+    assert await future == 1 and await c.who_has()
+    assert not c._inbox and not c.waking
+
+
+def test_the_threads_of_a_worker_that_have_nothing_to_do_end_with_it():
+    async def main():
+        async with minidist.Scheduler() as s:
+            before = {*threading.enumerate()}
+            async with Worker(s.address, nthreads=2):
+                assert len({*threading.enumerate()} - before) == 2
+        return before
+
+    assert others_end(asyncio.run(main()))
 
 
 @on_cluster
@@ -1654,8 +1704,9 @@ def test_an_address_of_another_protocol_is_none(address):
     ["127.0.0.1", "here:there", "127.0.0.1:-1", "127.0.0.1:65536", ":8786", "tcp://:8786"],
 )
 def test_an_address_is_a_host_and_the_number_of_a_port(address):
-    with pytest.raises(ValueError, match="is no address"):
-        Client(address)
+    for kind in (Client, Worker):
+        with pytest.raises(ValueError, match="is no address"):
+            kind(address)
 
 
 @on_cluster
@@ -2011,7 +2062,7 @@ def test_a_closed_client_says_that_it_is_closed_whatever_is_asked():
             ask()
 
 
-def test_who_asks_a_scheduler_that_goes_is_told_that_it_is_gone(caplog):
+def test_who_asks_a_scheduler_that_goes_is_told_that_it_is_gone():
     async def main():
         async with minidist.Scheduler() as s, Client(s.address, asynchronous=True) as c:
             asking = asyncio.ensure_future(c.who_has())
@@ -2019,6 +2070,7 @@ def test_who_asks_a_scheduler_that_goes_is_told_that_it_is_gone(caplog):
             c._scheduler.hang_up()
             with pytest.raises(ConnectionError, match=f"the scheduler at {s.address} is gone"):
                 await asking
+            assert not c._answers
 
     asyncio.run(main())
 

@@ -185,6 +185,12 @@ def test_bars_do_not_keep_their_tasks_wanted(c, notebook):
     assert "dropped" not in RUNS
 
 
+def test_in_a_notebook_progress_can_be_told_that_it_is_in_none(c, notebook):
+    future = c.submit(abs, -1)
+    progress(future, notebook=False)
+    assert future.status == "finished" and notebook.shown.empty()
+
+
 def test_progress_can_have_one_bar_for_all_and_leave_out_what_is_done(c, notebook):
     futures = [c.submit(abs, -1), c.submit(through, 0)]
     wait(futures, return_when="FIRST_COMPLETED", timeout=30)
