@@ -600,8 +600,9 @@ def test_who_runs_another_python_is_refused_with_both_versions(monkeypatch):
     asyncio.run(main())
 
 
-def test_who_says_something_else_than_hello_is_refused(monkeypatch):
-    other = (b"somebody", minidist.PROTOCOL, *sys.version_info[:2], 0, bytes(32), bytes(32))
+@pytest.mark.parametrize("magic, role", [(b"somebody", 0), (minidist.MAGIC, len(minidist.ROLES))])
+def test_who_says_something_else_than_hello_is_refused(magic, role):
+    other = (magic, minidist.PROTOCOL, *sys.version_info[:2], role, bytes(32), bytes(32))
 
     async def main():
         async def say_something_else(reader, writer):
@@ -722,6 +723,15 @@ async def test_a_client_with_nothing_to_do_sleeps(c, a, b):
     assert not c._inbox and not c.waking
 
 
+@on_cluster
+async def test_what_a_client_knows_of_workers_is_not_changed_by_other_questions(c, a, b):
+    known = c.scheduler_info()["workers"]
+    assert {*known} == {a.address, b.address}
+    await c.who_has()
+    await c.nthreads(["a"])
+    assert c.scheduler_info()["workers"] == known
+
+
 def test_the_threads_of_a_worker_that_have_nothing_to_do_end_with_it():
     async def main():
         async with minidist.Scheduler() as s:
@@ -762,6 +772,10 @@ def test_a_large_buffer_travels_once_whichever_pickler_takes_it():
         assert len(data) < 1_000 and len(buffer) == 1_000_000
 
 
+def test_a_cached_function_of_a_module_is_the_one_that_is_there():
+    assert pickle.loads(minidist.dump_by_value(minidist.load_function)) is minidist.load_function
+
+
 def test_who_registers_a_second_time_is_dropped(caplog):
     async def main():
         async with minidist.Scheduler() as s:
@@ -794,6 +808,21 @@ def test_who_sends_what_cannot_be_is_dropped_and_others_are_served_on(caplog):
 
     asyncio.run(main())
     assert "Dropped me: what it sent cannot be" in caplog.text
+
+
+def test_who_joined_is_logged_once_and_what_is_to_be_warned_of_too(caplog):
+    caplog.set_level("INFO")
+
+    async def main():
+        async with minidist.Scheduler() as s, Client(s.address, asynchronous=True) as c:
+            futures = [c.submit(abs, number, key="x") for number in range(2)]
+            await c.who_has(futures)
+            await c.who_has(futures)
+
+    asyncio.run(main())
+    said = [record.getMessage() for record in caplog.records]
+    assert len([text for text in said if text.endswith(" joined")]) == 1
+    assert len([text for text in said if text.startswith("the key 'x' is known")]) == 1
 
 
 def test_who_connects_just_before_the_end_is_hung_up_on():
@@ -2203,6 +2232,12 @@ def test_a_container_that_holds_itself_has_a_size():
     loop = []
     loop += [loop] * 1_000
     assert minidist.sizeof(loop) > 8_000
+
+
+@pytest.mark.parametrize("nbytes", [0, 1_000, -1, 1 << 63, 0.5, None])
+def test_what_knows_its_size_is_believed_if_that_can_be(nbytes):
+    size = minidist.sizeof(types.SimpleNamespace(nbytes=nbytes))
+    assert (size == nbytes) == (nbytes in (0, 1_000))
 
 
 @on_cluster
