@@ -111,6 +111,12 @@ def test_large_frames_arrive_in_a_writable_buffer_of_their_own():
     value[1][0] = 0
 
 
+def test_a_writable_buffer_is_not_copied_when_it_becomes_a_value():
+    data, buffer = dumps(pickle.PickleBuffer(bytearray(100_000)))
+    arrived = bytearray(buffer)
+    assert loads((data, arrived)) is arrived
+
+
 def test_the_context_of_an_exception_arrives_too_unless_it_is_suppressed():
     def fail(suppress):
         try:
@@ -724,6 +730,12 @@ async def test_a_client_with_nothing_to_do_sleeps(c, a, b):
 
 
 @on_cluster
+async def test_gather_takes_an_iterator_and_the_values_of_a_dict(c, a, b):
+    futures = dict(zip("xy", c.map(abs, [-1, -2]), strict=True))
+    assert await c.gather(iter(futures.values())) == await c.gather(futures.values()) == [1, 2]
+
+
+@on_cluster
 async def test_what_a_client_knows_of_workers_is_not_changed_by_other_questions(c, a, b):
     known = c.scheduler_info()["workers"]
     assert {*known} == {a.address, b.address}
@@ -793,6 +805,18 @@ def test_who_registers_a_second_time_is_dropped(caplog):
     assert "register-client a second time" in caplog.text
 
 
+def test_of_who_has_left_no_link_is_left():
+    async def main():
+        async with minidist.Scheduler() as s:
+            async with Worker(s.address, 1), Client(s.address, asynchronous=True) as c:
+                assert await c.submit(bytes, 100_000) == bytes(100_000)
+                assert len(s.links) == len(c.links) == 2
+            await until(lambda: not (s.state.workers or s.state.clients))
+            assert not s.links
+
+    asyncio.run(main())
+
+
 def test_who_sends_what_cannot_be_is_dropped_and_others_are_served_on(caplog):
     async def main():
         async with minidist.Scheduler() as s, Client(s.address, asynchronous=True) as c:
@@ -823,6 +847,21 @@ def test_who_joined_is_logged_once_and_what_is_to_be_warned_of_too(caplog):
     said = [record.getMessage() for record in caplog.records]
     assert len([text for text in said if text.endswith(" joined")]) == 1
     assert len([text for text in said if text.startswith("the key 'x' is known")]) == 1
+
+
+def test_a_scheduler_that_ends_does_not_log_that_all_leave(caplog):
+    caplog.set_level("INFO")
+
+    async def main():
+        async with minidist.Scheduler() as s:
+            worker = await Worker(s.address, 1)
+            client = await Client(s.address, asynchronous=True)
+        await asyncio.wait([worker.finished, client._scheduler.following])
+        await client.close()
+        await worker.close()
+
+    asyncio.run(main())
+    assert caplog.text.count(" joined") == 2 and " left" not in caplog.text
 
 
 def test_who_connects_just_before_the_end_is_hung_up_on():
@@ -980,6 +1019,12 @@ def test_a_value_that_is_freed_while_it_is_unpickled_is_not_kept():
     worker = Worker("127.0.0.1:8786")  # It is never started.
     assert worker.unpacked(("x", 1), minidist.Packed(dumps([1]))) == [1]
     assert not worker.data
+
+
+def test_a_value_is_unpickled_once():
+    worker = Worker("127.0.0.1:8786")  # It is never started.
+    worker.state.data["x", 1] = minidist.Packed(dumps([1]))
+    assert worker.data["x"] == [1] and worker.data["x"] is worker.data["x"]
 
 
 def test_who_cannot_count_the_cores_has_one_thread(monkeypatch):
