@@ -735,6 +735,13 @@ async def test_gather_takes_an_iterator_and_the_values_of_a_dict(c, a, b):
     assert await c.gather(iter(futures.values())) == await c.gather(futures.values()) == [1, 2]
 
 
+def test_what_was_submitted_before_a_question_is_known_when_it_is_answered(monkeypatch):
+    monkeypatch.setitem(LIMITS, "batch_messages", 2)
+    with Client(n_workers=0) as c:
+        futures = c.map(abs, range(-300, 0))
+        assert len(c.who_has(futures)) == 300
+
+
 @on_cluster
 async def test_what_a_client_knows_of_workers_is_not_changed_by_other_questions(c, a, b):
     known = c.scheduler_info()["workers"]

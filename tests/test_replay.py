@@ -175,6 +175,16 @@ def test_a_replay_says_after_which_line_an_invariant_does_not_hold(recording, li
     assert [*replay(recording, validate=False)][-1][0] == len(lines)
 
 
+def test_the_command_checks_invariants_unless_it_is_to_be_quick(recording, monkeypatch):
+    def fail(mind):
+        raise AssertionError("of this test")
+
+    monkeypatch.setattr(minidist.SchedulerMind, "validate", fail)
+    asyncio.run(minidist.run_replay(minidist.parse(["replay", str(recording), "--quick"])))
+    with pytest.raises(ValueError, match="of this test"):
+        asyncio.run(minidist.run_replay(minidist.parse(["replay", str(recording)])))
+
+
 def test_a_recording_that_ends_within_a_line_replays_up_to_there(changed, lines):
     whole = "".join(lines)
     ((*_, (number, _, _)),) = [[*replay(changed(whole[: len(whole) * 2 // 3]))]]
