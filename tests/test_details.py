@@ -703,6 +703,26 @@ def test_what_is_sent_while_a_large_batch_is_written_comes_after_it():
     asyncio.run(main())
 
 
+def test_what_was_sent_before_a_connection_closes_arrives():
+    async def main():
+        arrived = asyncio.get_running_loop().create_future()
+
+        async def take(reader, writer):
+            arrived.set_result(len(await reader.read()))
+            writer.close()
+
+        server = await asyncio.start_server(take, "127.0.0.1", 0)
+        connection = minidist.Connection()
+        address = server.sockets[0].getsockname()
+        _, connection.writer = await asyncio.open_connection(*address)
+        connection.send(["data", "x", 1, "ok", [bytes(16 << 20)]])
+        await connection.close()
+        assert await arrived > 16 << 20
+        server.close()
+
+    asyncio.run(main())
+
+
 @on_cluster
 async def test_a_small_result_comes_with_its_notice_and_a_large_one_from_its_worker(c, a, b):
     large = c.submit(bytes, 100_000)
@@ -727,6 +747,14 @@ async def test_a_client_with_nothing_to_do_sleeps(c, a, b):
     future = c.submit(abs, -1)
     assert await future == 1 and await c.who_has()
     assert not c._inbox and not c.waking
+
+
+@on_cluster
+async def test_the_current_client_is_the_last_that_was_opened_to_be_it(c, a, b):
+    async with Client(a.scheduler_address, asynchronous=True) as last:
+        async with Client(a.scheduler_address, asynchronous=True, set_as_default=False):
+            assert Client.current() is last
+    assert Client.current() is c
 
 
 @on_cluster
@@ -1201,6 +1229,15 @@ def test_modules_in_the_current_directory_of_a_worker_are_importable(
 
     with process(SCRIPT, "worker", scheduler.address, cwd=tmp_path), Client(scheduler.address) as c:
         assert c.submit(beside_the_user.double, 21).result(30) == 42
+
+
+def test_what_tasks_print_is_there_however_their_worker_ends(scheduler):
+    run = process(SCRIPT, "worker", scheduler.address, PYTHONUNBUFFERED="")
+    with run as worker, Client(scheduler.address) as c:
+        address_of(worker)
+        c.run(print, "said")
+        worker.kill()
+        assert worker.stdout.read() == "said\n"
 
 
 @pytest.mark.parametrize(

@@ -434,6 +434,14 @@ def test_workers_have_one_hash_of_strings_and_their_users_collector_and_logging(
         assert [*c.run(look_around).values()] == [(*one[:3], "3")]
 
 
+def test_several_workers_by_one_command_are_called_by_their_addresses_unless_named(scheduler):
+    with process(SCRIPT, "worker", scheduler.address, "--nworkers", 2):
+        with Client(scheduler.address) as c:
+            c.wait_for_workers(2, timeout=30)
+            facts = c.scheduler_info()["workers"]
+            assert {row["name"] for row in facts.values()} == {*facts}
+
+
 def test_tasks_find_the_arguments_and_flags_of_their_script(tmp_path):
     (tmp_path / "script.py").write_text(
         "import sys, minidist\n"
