@@ -26,6 +26,7 @@ import traceback
 import types
 import typing
 import unittest.mock
+import warnings
 import weakref
 from pathlib import Path
 
@@ -731,6 +732,32 @@ async def test_a_small_result_comes_with_its_notice_and_a_large_one_from_its_wor
     assert [*c.links] == [minidist.SCHEDULER]
     assert await large == bytes(100_000)
     assert len(c.links) == 2
+
+
+@on_cluster
+async def test_whatever_is_asked_of_a_worker_goes_by_one_connection(c, a, b):
+    async with Client(a.scheduler_address, asynchronous=True) as d:
+        assert await d.submit(bytes, 100_000, workers="a") == bytes(100_000)
+        link = d.links[a.id]
+        assert await d.submit(bytes, 200_000, workers="a") == bytes(200_000)
+        await d.run(os.getpid, workers="a")
+        assert d.links[a.id] is link
+
+
+@on_cluster
+async def test_of_a_small_call_nobody_is_warned(c, a, b):
+    with warnings.catch_warnings(record=True) as said:
+        assert await c.submit(abs, -1) == 1 and await c.gather(c.map(abs, [-2])) == [2]
+    assert not [warning for warning in said if "10 MB" in str(warning.message)]
+
+
+def test_a_function_is_pickled_apart_from_its_calls_with_its_buffers():
+    buffer = bytearray(b"x" * 100_000)
+    for func in (bytes, functools.partial(bytes, pickle.PickleBuffer(buffer))):
+        frame, _, name = minidist.dump_function(func)
+        assert name == "bytes"
+        got, args, kwargs = minidist.load_call((frame, *dumps(((), {}))), {})
+        assert got(*args, **kwargs) == (b"" if func is bytes else buffer)
 
 
 @on_cluster
@@ -2068,6 +2095,14 @@ def test_a_worker_gives_its_scheduler_any_time_that_others_take():
         asyncio.run(main("10 ms"))
     with pytest.raises(ValueError, match="'soon' is no time"):
         asyncio.run(main("soon"))
+
+
+@on_cluster
+async def test_a_worker_that_is_refused_hangs_up(c, a, b):
+    worker = Worker(a.scheduler_address, nthreads=1, name="a")
+    with pytest.raises(ValueError, match="name"):
+        await worker
+    assert worker.scheduler.writer.is_closing()
 
 
 def test_a_local_cluster_on_a_port_that_is_taken_says_so_and_leaves_nothing():
