@@ -435,6 +435,8 @@ async def test_bad_calls_are_refused_at_the_call(c, a, b):
         (lambda: c.submit(abs, 1, priority="high"), "priority='high' is no number"),
         (lambda: c.submit(abs, 1, workers="a", allow_other_workers=["b"]), "is neither True nor"),
         (lambda: c.submit(abs, 1, workers=[1]), "workers=.1. is no address"),
+        (lambda: c.submit(abs, 1, retries=-1), "retries=-1 is too small"),
+        (lambda: c.submit(abs, 1, retries=1.5), "retries=1.5 is no whole number"),
         (lambda: c.scatter(1, broadcast=2), "broadcast=2 is neither True nor False"),
         (lambda: c.map(abs), "map needs iterables"),
         (lambda: c.map(abs, [1, 2], key=["only one"]), "map got 1 keys for 2 calls"),
@@ -1007,6 +1009,29 @@ def test_a_holder_that_hangs_up_in_the_handshake_is_one_that_is_gone(caplog):
 
     asyncio.run(main())
     assert "Cannot reach tcp://127.0.0.1" in caplog.text
+
+
+class Silent(Worker):
+    """Takes data connections, and says nothing."""
+
+    async def serve(self, connection):
+        await asyncio.Event().wait()
+
+
+def test_of_a_worker_that_is_taken_for_dead_no_answer_is_expected():
+    async def main():
+        async with (
+            minidist.Scheduler() as s,
+            Silent(s.address, 1) as a,
+            Client(s.address, asynchronous=True) as c,
+        ):
+            asking = asyncio.ensure_future(c.run(os.getpid))
+            await until(lambda: a.id in c.links and c.links[a.id].writer)
+            s.happens("worker-left", a.id, "silent")
+            with pytest.raises(ConnectionError, match=f"no connection to {a.id}"):
+                await asyncio.wait_for(asking, 10)
+
+    asyncio.run(main())
 
 
 @on_cluster

@@ -359,6 +359,26 @@ def test_a_worker_whose_task_takes_longer_than_its_scheduler_is_patient_lives_on
     asyncio.run(main())
 
 
+def test_what_waits_on_a_worker_behind_what_takes_long_after_all_goes_to_another():
+    async def main():
+        async with (
+            minidist.Scheduler() as s,
+            Worker(s.address, 1),
+            Client(s.address, asynchronous=True) as c,
+        ):
+            GATES[0].set()
+            assert await c.gather([c.submit(through, 0), c.submit(abs, -1)]) == [None, 1]
+            GATES[0].clear()
+            slow, quick = c.submit(through, 0, "slow"), c.submit(abs, -2)
+            await until(lambda: "slow" in RUNS)
+            async with Worker(s.address, 1):
+                assert await asyncio.wait_for(quick.result(), 10) == 2
+                GATES[0].set()
+                assert await slow == "slow"
+
+    asyncio.run(main())
+
+
 def test_a_scheduler_that_was_stopped_itself_takes_nobody_for_dead():
     async def main():
         async with minidist.Scheduler(worker_ttl=0.2) as s, Worker(s.address, 1) as a:
