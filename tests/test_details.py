@@ -743,7 +743,8 @@ async def test_whatever_is_asked_of_a_worker_goes_by_one_connection(c, a, b):
         link = d.links[a.id]
         assert await d.submit(bytes, 200_000, workers="a") == bytes(200_000)
         await d.run(os.getpid, workers="a")
-        assert d.links[a.id] is link
+        assert d.links[a.id] is link and not link.writer.is_closing()
+    assert link.writer.is_closing()
 
 
 @on_cluster
@@ -867,6 +868,24 @@ def test_who_registers_a_second_time_is_dropped(caplog):
 
     asyncio.run(main())
     assert "register-client a second time" in caplog.text
+
+
+def test_who_has_left_shuts_nothing_down():
+    async def main():
+        async with minidist.Scheduler() as s:
+            peer = minidist.Connection()
+            await peer.connect(s.address, "client")
+            for message in (["register-client", "me", []], ["leave"], ["shutdown"]):
+                peer.send(message)
+            await peer.written()
+            peer.writer.write_eof()
+            with pytest.raises(asyncio.IncompleteReadError):
+                while True:
+                    await peer.receive()
+            assert not s.ended.is_set()
+            await peer.close()
+
+    asyncio.run(main())
 
 
 def test_of_who_has_left_no_link_is_left():
