@@ -259,7 +259,8 @@ def test_a_scheduler_whose_port_is_in_use_leaves_the_recording_of_the_other(tmp_
 
 
 def test_a_scheduler_that_cannot_record_does_not_start(tmp_path):
-    run = [sys.executable, SCRIPT, "scheduler", "--record", str(tmp_path / "no folder" / "file")]
+    path = tmp_path / "no folder" / "file"
+    run = [sys.executable, SCRIPT, "scheduler", "--port", "0", "--record", str(path)]
     done = subprocess.run(run, capture_output=True, text=True, timeout=60)
     (said,) = done.stderr.splitlines()
     assert done.returncode == 1 and "no folder" in said and not done.stdout
