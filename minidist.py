@@ -2883,8 +2883,8 @@ def secret():
 
 def split_address(address):
     """("HOST", PORT) of "tcp://HOST:PORT" or "HOST:PORT"; ValueError if it is neither."""
-    host, colon, port = str(address).removeprefix("tcp://").rpartition(":")
-    if not colon or not host or "/" in host or not port.isdecimal() or int(port) > 65535:
+    host, _, port = str(address).removeprefix("tcp://").rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{address!r} is no address: it should look like '127.0.0.1:8786'")
     return host.strip("[]"), int(port)
 
@@ -4299,8 +4299,8 @@ def settled(state, value=False):
 
 
 def failed(state):
-    """Whether it has come to nothing.  A value that is here stays good, whatever came later."""
-    return state.status in ("error", "cancelled") and not state.value
+    """Whether it has come to nothing.  (A value that is here is final: it stays finished.)"""
+    return state.status in ("error", "cancelled")
 
 
 def outcome(state):
@@ -5777,9 +5777,9 @@ def end_with_stdin():
     lifeline, parent = os.dup(0), os.getppid()
     with open(os.devnull) as empty:
         os.dup2(empty.fileno(), 0)
-    while os.getppid() == parent:
-        if select.select([lifeline], [], [], 1)[0] and not os.read(lifeline, 1000):
-            break
+    # (Nobody writes to it: that it can be read is its end.)
+    while os.getppid() == parent and not select.select([lifeline], [], [], 1)[0]:
+        pass
     os.killpg(0, signal.SIGKILL)
 
 
