@@ -153,7 +153,7 @@ MESSAGES = {  # {op: "sender > receiver: fields"}; the fields' kinds are in FIEL
     "cancel-keys": "client > scheduler: names force",
     "retry": "client > scheduler: key want",
     "fire-and-forget": "client > scheduler: names",
-    "fetch-missed": "client > scheduler: key want attempt holders",
+    "fetch-missed": "client > scheduler: key want attempt holders again",
     "key-in-memory": "scheduler > client: key want attempt nbytes type holders value",
     "key-lost": "scheduler > client: key want",
     "key-retried": "scheduler > client: key want",
@@ -231,7 +231,7 @@ FIELDS = {  # {field: its kind}, the same in every message
         (int, "want attempt nbytes nthreads duration_us ttl_us order retries number"),
         (float, "priority"),
         (str, "id name type status text worker what"),
-        (bool, "wanted loose broadcast force"),
+        (bool, "wanted loose broadcast force again"),
         (to_frames, "run_spec value exception"),
         ([int], "attempts"),
         ([str], "holders workers"),
@@ -861,7 +861,8 @@ class ClientMind(FetchingMind):
             self.become(state, "error", text)
         else:
             self.become(state, "pending")
-            self.send(SCHEDULER, "fetch-missed", state.key, state.want, name[1], misses)
+            again = state.misses > 1
+            self.send(SCHEDULER, "fetch-missed", state.key, state.want, name[1], misses, again)
 
     def validate(self):
         super().validate()
@@ -1236,14 +1237,15 @@ class SchedulerMind(Mind):
             self.let_go(cs, ts)
         self.settle()
 
-    def stimulus_fetch_missed(self, client, key, want, attempt, holders):
+    def stimulus_fetch_missed(self, client, key, want, attempt, holders, again):
         """A client could not get a value from any of its holders.
 
         It always gets an answer: who holds the value now, or the notice of a loss, which may cross
-        this message.  If those are all who have it, a copy is made where this client perhaps can
-        reach it.  They are sent one, too, to see whether they live: from who does, it comes back at
-        once; if one is dead, we hear of that instead.  Nothing is freed for a client's sake: if a
-        holder is at fault, the copy finds out (``strike``).
+        this message.  If those are all who have it, they are sent a copy of what they have, to see
+        whether they live: from who does, it comes back at once; if one is dead, we hear of that
+        instead.  If this happens ``again``, and no link was broken for once, a copy is made where
+        this client perhaps can reach it.  Nothing is freed for a client's sake: if a holder is at
+        fault, the copy finds out (``strike``).
         """
         cs = self.clients[client]
         ts = self.wanted_by(cs, key, want)
@@ -1252,7 +1254,7 @@ class SchedulerMind(Mind):
             if not ts.arriving and all(ws.id in holders for ws in ts.who_has):
                 for ws in list(ts.who_has):
                     self.copy(ts, ws)
-                if other := self.next_holder(lambda ws: ws not in ts.who_has):
+                if again and (other := self.next_holder(lambda ws: ws not in ts.who_has)):
                     self.copy(ts, other)
             self.tell(cs, ts)  # While copies are under way, after the last of them.
         self.settle()
@@ -2810,7 +2812,7 @@ class Connection:
 # Whoever holds the secret can run any code on every worker: that is what a cluster is for.
 
 HELLO = struct.Struct("!8sHBBB32s32s")  # magic, protocol, Python's version, role, nonce, worker
-MAGIC, PROTOCOL = b"minidist", 5
+MAGIC, PROTOCOL = b"minidist", 6
 ROLES = ["client", "worker", "scheduler", "holder"]
 REFUSAL = "wrong secret: set MINIDIST_TOKEN, or copy ~/.minidist/token, so that it is the same"
 

@@ -79,7 +79,7 @@ deep = functools.reduce(lambda key, _: ("x", key), range(900), ())
     "key", [["x", {}], ["x", None], [], deep], ids=["{}", "None", "()", "deep"]
 )
 def test_what_is_no_key_is_a_protocol_error(key):
-    message = ["fetch-missed", key, 1, 1, []]
+    message = ["fetch-missed", key, 1, 1, [], False]
     with pytest.raises(ProtocolError):
         read(pack([message]), "client")
 

@@ -250,7 +250,7 @@ def test_a_client_that_cannot_reach_the_only_copy_is_told_so_when_its_holder_is_
     _, attempt = scattered(s)
     for _ in range(2 * ALLOWED_FAILURES):
         sent(s)
-        s.stimulus_fetch_missed("c", "d", 1, attempt, ["w"])
+        s.stimulus_fetch_missed("c", "d", 1, attempt, ["w"], True)
         ((peer, op, copy),) = sent(s)
         assert (peer, op) == ("w", "compute-task"), "it holds that: so it gives it back at once"
         s.stimulus_task_returned("w", copy["attempt"], [])
@@ -261,7 +261,7 @@ def test_a_client_that_cannot_reach_the_only_copy_is_told_of_the_loss_when_its_h
     s = Scheduler("v", "w")
     holder, attempt = scattered(s)
     other = "v" if holder == "w" else "w"
-    s.stimulus_fetch_missed("c", "d", 1, attempt, [holder])
+    s.stimulus_fetch_missed("c", "d", 1, attempt, [holder], True)
     (copy,) = told(s, other, "compute-task")
     s.stimulus_task_returned(other, copy["attempt"], [("d", attempt, [holder])])
     assert sent(s) == [], "perhaps the holder is dead: then it is the data that is lost"
@@ -275,9 +275,9 @@ def test_what_could_not_be_fetched_is_told_as_soon_as_there_is_a_copy_elsewhere(
     _, attempt = scattered(s)
     s.stimulus_register_worker("v", "v", 1, [], [])
     sent(s)
-    s.stimulus_fetch_missed("c", "d", 1, attempt, ["w"])
+    s.stimulus_fetch_missed("c", "d", 1, attempt, ["w"], True)
     copies = {peer: f["attempt"] for peer, op, f in sent(s) if op == "compute-task"}
-    s.stimulus_fetch_missed("e", "d", 1, attempt, ["w"])
+    s.stimulus_fetch_missed("e", "d", 1, attempt, ["w"], True)
     s.stimulus_task_returned("w", copies["w"], [])
     assert sent(s) == [], "it does not want it; and the copy at the other may still come"
     s.stimulus_add_keys("v", [("d", attempt)])
@@ -292,7 +292,7 @@ def test_a_copy_that_comes_back_from_a_holder_that_was_struck_meanwhile_says_not
     s.stimulus_register_worker("v", "v", 1, [], [])
     s.submit("y", "d", workers=["v"])
     sent(s)
-    s.stimulus_fetch_missed("c", "d", 1, attempt, ["w"])
+    s.stimulus_fetch_missed("c", "d", 1, attempt, ["w"], True)
     copies = {peer: f["attempt"] for peer, op, f in sent(s) if op == "compute-task"}
     s.stimulus_add_keys("v", [("d", attempt)])
     s.stimulus_task_returned("v", copies["v"], [])
@@ -706,7 +706,7 @@ def test_what_waited_where_its_input_was_stuck_is_stolen_when_there_is_a_copy():
     s.stimulus_task_returned("w", s.tasks["drawn"].attempt, [("d", attempt, [holder])])
     s.submit("busy", workers=["name of w"])
     sent(s)
-    s.stimulus_fetch_missed("c", "d", 1, attempt, [holder])
+    s.stimulus_fetch_missed("c", "d", 1, attempt, [holder], True)
     _, target = [peer for peer, op, _ in sent(s) if op == "compute-task"]
     for n in range(3):
         s.submit(f"y{n}", "d")

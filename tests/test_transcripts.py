@@ -215,7 +215,7 @@ def test_a_value_whose_holders_are_all_gone_is_reported_and_not_waited_for():
     client, x = client_with_x(value=())
     client.stimulus_worker_left(SCHEDULER, "w")
     client.stimulus_ask([x])
-    fields = dict(key="x", want=1, attempt=5, holders=[])
+    fields = dict(key="x", want=1, attempt=5, holders=[], again=False)
     assert (x.status, sent(client)) == ("pending", [(SCHEDULER, "fetch-missed", fields)])
 
 
@@ -296,7 +296,7 @@ def test_a_client_that_missed_is_told_of_another_holder_first():
     other = "w" if holder == "v" else "v"
     s.stimulus_add_keys(other, [("x", attempt)])
     sent(s)
-    s.stimulus_fetch_missed("c", "x", 1, attempt, [holder])
+    s.stimulus_fetch_missed("c", "x", 1, attempt, [holder], True)
     ((_, op, fields),) = sent(s)
     assert (op, fields["holders"]) == ("key-in-memory", [other, holder])
 
@@ -307,7 +307,12 @@ def test_a_client_that_cannot_reach_a_result_gets_a_copy_elsewhere_and_costs_nob
     holder, attempt = s.finish("x")
     other = "w" if holder == "v" else "v"
     sent(s)
-    s.stimulus_fetch_missed("c", "x", 1, attempt, [holder])
+    s.stimulus_fetch_missed("c", "x", 1, attempt, [holder], False)
+    ((peer, op, fields),) = sent(s)
+    assert (peer, op) == (holder, "compute-task"), "a link may be broken for once: does it live?"
+    s.stimulus_task_returned(holder, fields["attempt"], [])
+    assert [fields["holders"] for _, _, fields in sent(s)] == [[holder]]
+    s.stimulus_fetch_missed("c", "x", 1, attempt, [holder], True)
     copies = {peer: f["attempt"] for peer, op, f in sent(s) if op == "compute-task"}
     assert {*copies} == {holder, other}
     s.stimulus_task_returned(holder, copies[holder], [])
@@ -316,7 +321,7 @@ def test_a_client_that_cannot_reach_a_result_gets_a_copy_elsewhere_and_costs_nob
     s.stimulus_task_returned(other, copies[other], [])
     assert sent(s)[-1][2]["holders"] == [other, holder]
     for _ in range(2 * ALLOWED_FAILURES):
-        s.stimulus_fetch_missed("c", "x", 1, attempt, [other, holder])
+        s.stimulus_fetch_missed("c", "x", 1, attempt, [other, holder], True)
         for peer, op, fields in sent(s):
             assert op in ("compute-task", "key-in-memory")
             if op == "compute-task":
@@ -328,9 +333,10 @@ def test_a_value_that_a_client_misses_too_often_is_an_error_there_until_it_is_re
     client, x = client_with_x(value=())
     for want in (1, 2):
         client.stimulus_ask([x])
-        for _ in range(ALLOWED_FAILURES):
+        for n in range(ALLOWED_FAILURES):
             client.stimulus_data("w", "x", 5, "missing", ())
-            assert (x.status, sent(client)[-1][1]) == ("pending", "fetch-missed")
+            ((_, op, fields),) = sent(client)[-1:]
+            assert (x.status, op, fields["again"]) == ("pending", "fetch-missed", n > 0)
             client.stimulus_key_in_memory(SCHEDULER, "x", want, 5, 8, "int", ["w"], ())
         client.stimulus_data("w", "x", 5, "missing", ())
         assert (x.status, x.type) == ("error", "ConnectionError")
@@ -583,6 +589,6 @@ def test_a_miss_at_a_worker_that_holds_the_value_no_longer_strikes_nothing():
     s.submit("x")
     holder, attempt = s.finish("x")
     sent(s)
-    s.stimulus_fetch_missed("c", "x", 1, attempt, ["v" if holder == "w" else "w"])
+    s.stimulus_fetch_missed("c", "x", 1, attempt, ["v" if holder == "w" else "w"], True)
     assert [(op, fields["holders"]) for _, op, fields in sent(s)] == [("key-in-memory", [holder])]
     assert s.states() == {"x": "memory"}

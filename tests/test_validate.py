@@ -70,7 +70,7 @@ def data_on_its_way():
 def what_cannot_be_fetched():
     s = Scheduler("w")
     _, attempt = scattered(s)
-    s.stimulus_fetch_missed("c", "d", 1, attempt, ["w"])
+    s.stimulus_fetch_missed("c", "d", 1, attempt, ["w"], True)
     return s
 
 
