@@ -3037,10 +3037,22 @@ def dump_function(func):
     return dump_by_value(func) if len(frames) > 1 else frames[0], func, name
 
 
-def only(**kwargs):
-    """Its one argument: as a task, an object that many calls share."""
-    (obj,) = kwargs.values()
-    return obj
+class Apart:
+    """What is large in the calls of a ``map``: it travels once, as the value of a future.
+
+    That is its frames, and not the object: so each call has one of its own, here as elsewhere.
+    """
+
+    def __init__(self, load, future):
+        self.load, self.future = load, future
+
+    def __reduce__(self):
+        return self.load, (self.future,)
+
+
+def frames_of(options, frames):
+    """The task whose value that is.  (Its ``options`` are arguments to make another key.)"""
+    return frames
 
 
 def dump_call(function, args, kwargs):
@@ -3079,21 +3091,25 @@ def load_function(frame):
 
 
 def load_call(run_spec, inputs):
-    """(func, args, kwargs) of a pickled call, with ``inputs`` ({key: value}) for its futures.
-
-    A plain function is unpickled once; other callables each time, since they may have state that
-    one task would change under another's feet.  (So is one with large data, which nobody keeps.)
-    """
+    """(func, args, kwargs) of a pickled call, with ``inputs`` ({key: value}) for its futures."""
     frame, *call = run_spec
     context = contextvars.copy_context()
     context.run(INPUTS.set, inputs)
-    if not frame:
-        return context.run(loads, call)
-    func = load_function(frame) if type(frame) is bytes else None
+    rest = context.run(loads, call)
+    return (load_callable(frame), *rest) if frame else rest
+
+
+def load_callable(frame):
+    """Unpickle a callable: a plain function once.
+
+    Others each time, since they may have state that one task would change under another's feet.
+    (So is one with large data, which nobody keeps.)
+    """
+    func = load_function(frame) if len(frame) < LARGE else None
     plain = isinstance(func, (types.FunctionType, types.BuiltinFunctionType, type))
     if not plain or not isinstance(getattr(func, "__self__", types), types.ModuleType):
         func = pickle.loads(frame)  # (A method of a builtin type is a "builtin function", too.)
-    return func, *context.run(loads, call)
+    return func
 
 
 def name_of(func):
@@ -4705,7 +4721,8 @@ class Client(Threaded, Body):
         batches anyway.)  Raises what ``submit`` does.
 
         The function is pickled once, so this costs much less than as many calls of ``submit``.  If
-        it is large, or one of ``kwargs`` is, that becomes the result of a task, which all share.
+        it is large, or one of ``kwargs`` is, and no future is inside, that is the result of a task
+        more, which all calls need.
         """
         options = self._options(func, kwargs)
         if not iterables or any(isinstance(iterable, Future) for iterable in iterables):
@@ -4718,19 +4735,24 @@ class Client(Threaded, Body):
             check_key(key)
         if len(keys) != len(calls):
             raise ValueError(f"map got {len(keys)} keys for {len(calls)} calls")
-        function, rest, futures = dump_function(func), (pure, options, prefix), []
-        if len(calls) > 1:  # What is large travels once, as the result of a task.
-            frame, _, name = function
-            task, once = dump_function(only)[:2], (None, True, options)
-            if len(frame) > LIMITS["ride_along_bytes"]:
-                func = self._submit((*task, f"{name}.function"), (), {"function": func}, *once)
-                function = b"", func, name
-            for what, arg in kwargs.items():
-                if sizeof(arg) > LIMITS["ride_along_bytes"]:
-                    kwargs[what] = self._submit((*task, f"{name}.{what}"), (), {what: arg}, *once)
+        frame, _, name = function = dump_function(func)
+        if len(calls) > 1 and len(frame) > LIMITS["ride_along_bytes"]:
+            part = self._apart(f"{name}.function", load_callable, frame, pure, options)
+            function = b"", part, name
+        for what, arg in kwargs.items() if len(calls) > 1 else ():
+            frames, inside = collecting(dump_part, f"argument {what!r} of {name}", arg)
+            if sum(map(len, frames)) > LIMITS["ride_along_bytes"] and not inside:
+                frames = [*map(bytes, frames)]
+                kwargs[what] = self._apart(f"{name}.{what}", loads, frames, pure, options)
+        rest, futures = (pure, options, prefix), []
         for args, key in zip(calls, keys, strict=True):  # (No frame more, for the warning's place.)
             futures.append(self._submit(function, args, kwargs, key, *rest))
         return futures
+
+    def _apart(self, name, load, frames, *options):
+        """In each call, this stands for what ``load`` makes of the frames, which travel once."""
+        task = (*dump_function(frames_of)[:2], name)
+        return Apart(load, self._submit(task, (options, frames), {}, None, *options, level=4))
 
     def _options(self, func, kwargs):
         """Take the options of a task out of ``kwargs``: (priority, workers, loose, retries)."""
@@ -4768,8 +4790,11 @@ class Client(Threaded, Body):
             if future.client is not self:
                 raise ValueError(f"{future!r} belongs to another client")
 
-    def _submit(self, function, args, kwargs, key, pure, options, prefix=None):
-        """One call: everything that may fail does so here, in the user's thread."""
+    def _submit(self, function, args, kwargs, key, pure, options, prefix=None, level=3):
+        """One call: everything that may fail does so here, in the user's thread.
+
+        (The user's line, where a warning belongs, is so many calls up.)
+        """
         run_spec, futures = dump_call(function, args, kwargs)
         self._check_own(futures)
         for future in futures:
@@ -4777,7 +4802,7 @@ class Client(Threaded, Body):
                 raise ValueError(f"{future!r}, among the arguments, was released")
         if sum(map(len, run_spec)) > LIMITS["argument_bytes"]:
             text = "a call of more than 10 MB travels through the scheduler"
-            warnings.warn(f"{text}: scatter large arguments first", stacklevel=3)
+            warnings.warn(f"{text}: scatter large arguments first", stacklevel=level)
         name = function[2]
         if key is None:
             key = self._new_key(prefix or name, run_spec, pure)

@@ -261,14 +261,51 @@ async def test_map_takes_futures_as_items_and_in_keyword_arguments(c, a, b):
 
 @on_cluster
 async def test_what_is_large_in_a_map_travels_once(c, a, b):
-    data, one, sent, send = bytes(100_000), c.submit(abs, -1), [], c._scheduler.send
+    data, sent, send = bytes(100_000), [], c._scheduler.send
     c._scheduler.send = lambda message: (sent.append(message), send(message))
-    futures = c.map(lambda n, pair, by: (n, len(data), *pair, by), range(9), pair=(data, one), by=7)
+    futures = c.map(lambda n, pair, by: (n, len(data), *pair, by), range(9), pair=(data, 1), by=7)
     assert await c.gather(futures) == [(n, 100_000, data, 1, 7) for n in range(9)]
     sizes = [sum(map(len, message[4])) for message in sent if message[0] == "submit"]
     assert len(sizes) == 11 and sum(sizes) < 300_000
-    with pytest.raises(TypeError, match="argument 'rest' of pow.rest .list. cannot be pickled"):
+    with pytest.raises(TypeError, match="argument 'rest' of pow .list. cannot be pickled"):
         c.map(pow, range(9), rest=[data, threading.Lock()])
+    future = c.submit(abs, -1)
+    calls = c.map(lambda n, pair: n + pair[1], range(2), pair=(data, future))
+    assert await c.gather(calls) == [1, 2]
+
+
+class Counts:
+    """Large, with state, and once it is unpickled it cannot be pickled again."""
+
+    def __init__(self, data=b"", lock=None):
+        self.data, self.lock, self.calls = data, lock, 0
+
+    def __reduce__(self):
+        if self.lock:
+            raise TypeError("it has a lock")
+        return with_a_lock, (bytes(100_000),)
+
+    def __call__(self, *_):
+        self.calls += 1
+        return self.calls
+
+
+def with_a_lock(data):
+    return Counts(data, threading.Lock())
+
+
+@on_cluster
+async def test_each_call_of_a_map_has_an_object_of_its_own_also_if_it_is_large(c, a, b):
+    assert await c.gather(c.map(Counts(), range(8))) == [1] * 8
+    assert await c.gather(c.map(lambda n, count: count(), range(8), count=Counts())) == [1] * 8
+
+
+@on_cluster
+async def test_what_is_large_in_a_map_waits_for_no_worker_that_only_another_map_named(c, a, b):
+    data = bytes(100_000)
+    waiting = c.map(lambda n, data: n, range(2), data=data, workers="nobody")
+    assert await c.gather(c.map(lambda n, data: n, range(2, 4), data=data)) == [2, 3]
+    assert {future.status for future in waiting} == {"pending"}
 
 
 @on_cluster
@@ -1812,9 +1849,10 @@ async def test_a_task_that_is_cancelled_does_not_cancel_who_awaits_it(c, a, b):
 def test_the_warning_of_a_large_call_names_the_line_of_the_user():
     with Client(n_workers=0) as c, pytest.warns(UserWarning, match="scatter large") as warned:
         large = bytes(11_000_000)
-        lines = [inspect.currentframe().f_lineno + n for n in (1, 2)]
+        lines = [inspect.currentframe().f_lineno + n for n in (1, 2, 3)]
         c.submit(len, large)
         c.map(len, [large])
+        c.map(min, [[1], [2]], default=large)
     assert [(w.filename, w.lineno) for w in warned] == [(__file__, line) for line in lines]
 
 
