@@ -568,7 +568,7 @@ class FutureState:
     nbytes: int = 0
     type: str = ""
     holders: "list[str] | tuple[()]" = ()
-    misses: int = 0  # how often none of its holders gave the value
+    misses: int = 0  # how often none of its holders gave this value
     # Frames, from the moment when the value is here.  A value that is here is final.
     value: tuple = ()
     # Set in "error" only: a pickled exception; where none was ever pickled, ``type`` is its kind.
@@ -682,10 +682,13 @@ class ClientMind(FetchingMind):
         and for what depends on them.  Until that is here, dependents look as before; what is
         submitted on them meanwhile is cancelled by the scheduler.
         """
+        names = []  # In one message: then the scheduler goes over what depends on them once.
         for state in states:
             if self.futures.get(state.key) is state:
-                self.send(SCHEDULER, "cancel-keys", [(state.key, state.want)], force)
+                names.append((state.key, state.want))
                 self.let_go(state, "it was cancelled here")
+        if names:
+            self.send(SCHEDULER, "cancel-keys", names, force)
 
     def stimulus_retry(self, states):
         """The user wants tasks that failed once more: each is a new want.
@@ -733,6 +736,8 @@ class ClientMind(FetchingMind):
         fetch that missed, or a copy.
         """
         if state := self.current(key, want):
+            if state.attempt != attempt:
+                state.misses = 0  # Those were of a value that is gone.
             state.attempt, state.nbytes, state.type = attempt, nbytes, type
             state.holders = holders
             self.become(state, "finished")
@@ -854,7 +859,7 @@ class ClientMind(FetchingMind):
         who has the value, which is nobody else's business.
         """
         state = self.futures[name[0]]
-        state.misses += 1
+        state.misses += bool(misses)  # (None, if all had died before they were asked.)
         if state.misses > ALLOWED_FAILURES:
             state.type = "ConnectionError"
             text = f"{state.key!r} could not be fetched from {', '.join(misses)}"
@@ -973,7 +978,8 @@ class TaskState:
 
     # What has gone wrong without its raising.  (The scheduler's mind explains these words in
     # ``strike`` and ``suspect``.)
-    misses: int = 0  # how often one of its inputs, or its value, could not be had
+    misses: int = 0  # how often one of its inputs could not be had, or its data not be put
+    strikes: int = 0  # how often it was computed in vain, since nobody could fetch its value
     suspect: bool = False  # it was on a worker that died, and has not ended since
     deaths: tuple = ()  # the workers that died while it was alone there, and how
     stuck: bool = False  # the only copy could not be fetched, or not be pickled
@@ -1244,13 +1250,15 @@ class SchedulerMind(Mind):
         this message.  If those are all who have it, they are sent a copy of what they have, to see
         whether they live: from who does, it comes back at once; if one is dead, we hear of that
         instead.  If this happens ``again``, and no link was broken for once, a copy is made where
-        this client perhaps can reach it.  Nothing is freed for a client's sake: if a holder is at
-        fault, the copy finds out (``strike``).
+        this client perhaps can reach it.  Nothing is freed because a client missed it; that who is
+        to have the copy misses it too is another matter (``strike``).
         """
         cs = self.clients[client]
         ts = self.wanted_by(cs, key, want)
         # Otherwise it was let go meanwhile; or lost or made again, and that notice is under way.
         if ts is not None and ts.state == "memory" and ts.attempt == attempt:
+            for ws in [ws for ws in map(self.workers.get, holders[1:]) if ws in ts.who_has]:
+                ts.who_has[ws] = ts.who_has.pop(ws)  # Others come first.  (See ``holders``.)
             if not ts.arriving and all(ws.id in holders for ws in ts.who_has):
                 for ws in list(ts.who_has):
                     self.copy(ts, ws)
@@ -1873,7 +1881,7 @@ class SchedulerMind(Mind):
 
     def leave_erred(self, ts):
         """It is retried, or nobody needs it: what went wrong is forgotten, blame and misses too."""
-        ts.error, ts.misses, ts.suspect, ts.deaths = (), 0, False, ()
+        ts.error, ts.misses, ts.strikes, ts.suspect, ts.deaths = (), 0, 0, False, ()
 
     def enter_forgotten(self, ts):
         """Nothing that is kept might have to be computed from it.
@@ -2151,7 +2159,8 @@ class SchedulerMind(Mind):
         """A value could not be fetched from these holders: free it there, so that others are used.
 
         If there is no other, it is computed again; but links can stay broken, so not for ever.
-        Then it is kept, as the only copy of data always is: whoever needs it has to go there.
+        Then it is kept, as the only copy of data always is: whoever needs it has to go there.  (It
+        is kept before who needs it has missed it so often that this one fails.)
 
         Who is at fault, the holder, the link or the one that asked, cannot be known: the holder may
         just have been told to free it.  To free a replica that is good after all costs a transfer,
@@ -2160,7 +2169,7 @@ class SchedulerMind(Mind):
         there; nor is it handed over.  A second replica, wherever it comes from, ends that.  (Stuck,
         too, is what a worker was to copy, and its holder cannot pickle.)
         """
-        again = ts.run_spec and ts.misses < ALLOWED_FAILURES
+        again = ts.run_spec and ts.strikes + 1 < ALLOWED_FAILURES
         for ws in [self.workers[holder] for holder in holders if holder in self.workers]:
             if ws in ts.who_has and (again or len(ts.who_has) > 1):
                 self.send_name(ws.id, "free-keys", (ts.key, ts.attempt))
@@ -2170,7 +2179,7 @@ class SchedulerMind(Mind):
             elif ws in ts.who_has:
                 ts.stuck = True
         if not ts.who_has:
-            ts.misses += 1
+            ts.strikes += 1
 
     def holders(self, ts):
         """Where it can be fetched: some of the workers, since a broadcast has thousands.
@@ -4325,7 +4334,7 @@ def outcome(state):
     """What a settled state has come to: its value, or an exception raised."""
     if state.value:
         try:
-            # (Read-only: so each call gets arrays of its own.)
+            # (Read-only: so ``loads`` copies them, and each call gets arrays of its own.)
             return loads([memoryview(frame).toreadonly() for frame in state.value])
         except Exception as error:
             raise RuntimeError(f"the result of {state.key!r} cannot be unpickled here") from error

@@ -217,6 +217,7 @@ def test_a_value_whose_holders_are_all_gone_is_reported_and_not_waited_for():
     client.stimulus_ask([x])
     fields = dict(key="x", want=1, attempt=5, holders=[], again=False)
     assert (x.status, sent(client)) == ("pending", [(SCHEDULER, "fetch-missed", fields)])
+    assert x.misses == 0, "nobody was asked"
 
 
 def test_short_tasks_are_sent_a_millisecond_deep():
@@ -329,6 +330,40 @@ def test_a_client_that_cannot_reach_a_result_gets_a_copy_elsewhere_and_costs_nob
     assert s.states() == {"x": "memory"}
 
 
+def test_what_is_cancelled_at_once_is_cancelled_in_one_message():
+    client, x = client_with_x()
+    y = client.stimulus_submit("y", "inc", (b"spec",), [x], 0)
+    sent(client)
+    client.stimulus_cancel([x, y, x], False)
+    assert [fields["names"] for _, _, fields in sent(client)] == [[("x", 1), ("y", 2)]]
+    client.stimulus_cancel([x, y], False)
+    assert sent(client) == []
+
+
+def test_of_many_holders_those_that_a_client_missed_are_named_last():
+    workers = [f"w{n}" for n in range(20)]
+    s = Scheduler(*workers)
+    s.submit("x")
+    holder, attempt = s.finish("x")
+    for worker in workers:
+        s.stimulus_add_keys(worker, [("x", attempt)])
+    asked, named = [], [holder]
+    for _ in range(3):
+        s.stimulus_fetch_missed("c", "x", 1, attempt, named, True)
+        named = sent(s)[-1][2]["holders"]
+        asked += named
+    assert (len({*asked[:16]}), len({*asked})) == (16, 20)
+
+
+def test_deaths_of_holders_are_no_misses_of_the_value_that_comes_after_them():
+    client, x = client_with_x(value=())
+    client.stimulus_ask([x])
+    for attempt in range(6, 16):
+        client.stimulus_link_lost("w")
+        assert (x.status, x.misses) == ("pending", 1)
+        client.stimulus_key_in_memory(SCHEDULER, "x", 1, attempt, 8, "int", ["w"], ())
+
+
 def test_a_value_that_a_client_misses_too_often_is_an_error_there_until_it_is_retried():
     client, x = client_with_x(value=())
     for want in (1, 2):
@@ -349,15 +384,48 @@ def test_a_value_that_a_client_misses_too_often_is_an_error_there_until_it_is_re
 def test_a_result_that_a_worker_cannot_fetch_is_made_again_but_not_for_ever_then_it_draws_tasks():
     s = Scheduler("v", "w")
     s.submit("x", workers=["name of v"])
-    for n in range(ALLOWED_FAILURES + 1):
+    s.submit("y", "x", workers=["name of w"])
+    for n in range(1, ALLOWED_FAILURES + 1):
         _, attempt = s.finish("x")
-        s.submit("y", "x", workers=["name of w"], want=n)
         y = s.tasks["y"]
         assert y.processing_on.id == "w"
         s.stimulus_task_returned("w", y.attempt, [("x", attempt, ["v"])])
         assert s.states()["x"] == ("processing" if n < ALLOWED_FAILURES else "memory")
-        assert n < ALLOWED_FAILURES or y.processing_on.id == "v"
+    assert y.processing_on.id == "v"
+    s.finish("y")
+    assert s.states() == {"x": "memory", "y": "memory"}
+
+
+def test_a_retry_forgets_how_often_a_value_was_struck():
+    s = Scheduler("v", "w")
+    s.submit("x", workers=["name of v"])
+    s.submit("y", "x", workers=["name of w"])
+    _, attempt = s.finish("x")
+    x = s.tasks["x"]
+    s.stimulus_task_returned("w", s.tasks["y"].attempt, [("x", attempt, ["v"])])
+    s.stimulus_task_erred("v", x.attempt, (b"error",))
+    assert (x.state, x.strikes) == ("erred", 1)
+    s.stimulus_retry("c", "x", 2)
+    assert (x.state, x.strikes) == ("processing", 0)
+
+
+def test_an_input_that_was_missed_is_not_counted_against_a_value_that_was():
+    s = Scheduler("v", "w")
+    s.submit("i", workers=["name of v"])
+    s.submit("x", "i", workers=["name of v"])
+    s.finish("i")
+    for n in range(ALLOWED_FAILURES):
+        _, attempt = s.finish("x")
+        s.submit("y", "x", workers=["name of w"], want=n)
+        s.stimulus_task_returned("w", s.tasks["y"].attempt, [("x", attempt, ["v"])])
         s.release("y", want=n)
+    s.stimulus_worker_left("v")
+    s.stimulus_register_worker("v2", "name of v", 1, [], [])
+    s.finish("i")
+    x = s.tasks["x"]
+    for _ in range(ALLOWED_FAILURES):
+        s.stimulus_task_returned("v2", x.attempt, [("i", s.tasks["i"].attempt, ["elsewhere"])])
+    assert x.state == "processing"
 
 
 def test_a_task_that_is_returned_with_misses_too_often_errs():

@@ -199,7 +199,8 @@ NEITHER = {  # {reason: fields}
         SchedulerMind.news ClientMind.warnings""",
     "it tells what has happened, which leaves no trace elsewhere": """
         SchedulerMind.story ClientMind.story WorkerMind.story SchedulerMind.durations SchedulerMind.losses
-        ClientMind.dead WorkerMind.dead TaskState.misses TaskState.deaths
+        ClientMind.dead WorkerMind.dead TaskState.misses TaskState.strikes
+        TaskState.deaths
         TaskState.stuck TaskState.lost TaskState.why WorkerState.late WorkerState.seen_us
         FutureState.text FutureState.misses ClientState.warned""",
     "it is a supply of numbers, a clock, or a constant": """
