@@ -123,7 +123,8 @@ LIMITS = {
     "story": 10_000,  # transitions that a mind remembers
     "argument_bytes": 10_000_000,  # larger arguments of one call get a warning
     "start_seconds": 60,  # a local cluster's worker processes have to be there
-    "stall_seconds": 30,  # a peer that takes no byte for so long is dropped (on Linux)
+    "stall_seconds": 30,  # a peer that takes no byte for so long is dropped (on Linux); ...
+    "patience_seconds": 300,  # ... by who accepted the connection, or is on the same host
 }
 
 ALLOWED_FAILURES = 3  # a task, or a fetch, may come to nothing so often without having raised
@@ -2608,11 +2609,13 @@ LARGE = 256 << 10  # a frame of so many bytes is read into a buffer of its own
 CHUNK = 1 << 20  # bytes that are read or written at a time
 
 # A host that is gone says nothing, and who only waits for it would wait for ever: so the kernel
-# asks whether it is there.  (One that is slow, or whose process is frozen, is there.)
+# asks whether it is there.  But a process that is frozen, or in a call that keeps the interpreter's
+# lock, takes nothing either, for which the kernel has the same limit.  So whoever can be is more
+# patient: who is on the same host, which is not gone; and who was called, since others depend on
+# it, while it hears of dead workers by their silence.
 KEEPALIVE = {
     "TCP_KEEPIDLE": LIMITS["stall_seconds"] // 3,
     "TCP_KEEPINTVL": LIMITS["stall_seconds"] // 3,
-    "TCP_USER_TIMEOUT": LIMITS["stall_seconds"] * 1000,  # also for what is not taken
 }
 
 
@@ -2721,7 +2724,9 @@ class Connection:
         reader.feed_data = functools.partial(self.feed, reader.feed_data)
         end = writer.get_extra_info("socket")
         end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in KEEPALIVE.items():
+        here, there = ((writer.get_extra_info(name) or "?")[0] for name in ("sockname", "peername"))
+        limit = LIMITS["patience_seconds" if accepting or here == there else "stall_seconds"]
+        for name, value in {**KEEPALIVE, "TCP_USER_TIMEOUT": limit * 1000}.items():
             if hasattr(socket, name):  # macOS has not all of them by these names.
                 end.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.flush()
@@ -3190,7 +3195,7 @@ def pack_exception(error, skip=0):
 
 def text_of(error):
     """An exception's type and text.  It may raise whatever it likes when it is looked at."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(BaseException):
         return "".join(traceback.format_exception_only(error)).strip()
     return type_name(error)
 
@@ -4589,7 +4594,9 @@ class Client(Threaded, Body):
         results arrive, while the last are still being submitted.
         """
         self.waking = False
-        for _ in range(min(len(self._inbox), LIMITS["batch_messages"])):
+        for _ in range(LIMITS["batch_messages"]):
+            if not self._inbox:
+                break
             function, *arguments = self._inbox.popleft()
             function(*arguments)
         if self._refusal:  # Nothing will come of what was wanted, nor of what was just posted.
@@ -4839,7 +4846,8 @@ class Client(Threaded, Body):
             future._state = stimulus(key, *fields)
 
         self._post(begin)
-        if threading.current_thread() is self._thread:
+        # (In the loop of a synchronous client only finalizers submit, in the midst of anything.)
+        if self.asynchronous and threading.current_thread() is self._thread:
             self.flush()
         return future
 
