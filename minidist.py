@@ -3040,7 +3040,7 @@ def dump_function(func):
     """(frame, func, name); the frame is empty if the function has to travel in the call.
 
     A frame of its own is pickled once for a whole ``map``, sent once in each batch, and may be
-    unpickled once by each worker (``load_call``).  But futures in a function are inputs of each
+    unpickled once by each worker (``load_callable``).  But futures in a function are inputs of each
     call, to be found each time.
     (Buffers stay in it, whatever their size: beside it, they would travel with each call.)
     """

@@ -136,6 +136,15 @@ def test_the_context_of_an_exception_arrives_too_unless_it_is_suppressed():
         assert ("During handling" in text) is not suppress
 
 
+def test_an_exception_that_ends_whoever_looks_at_it_is_known_by_its_type():
+    class Exits(Exception):
+        @property
+        def __notes__(self):
+            raise SystemExit
+
+    assert minidist.text_of(Exits()).endswith("Exits")
+
+
 def test_of_a_long_chain_of_exceptions_the_last_twenty_arrive():
     error = None
     for number in range(30):
@@ -664,12 +673,13 @@ def test_who_says_something_else_than_hello_is_refused(magic, role):
 
 
 @pytest.mark.parametrize("host, here", [("0.0.0.0", "127.0.0.1"), ("::", "::1")])
-def test_without_a_way_to_others_a_machine_is_reached_from_itself(monkeypatch, host, here):
+def test_without_a_way_to_others_a_machine_is_reached_from_itself(monkeypatch, caplog, host, here):
     def no_way(*_):
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr(socket, "socket", no_way)
     assert minidist.reachable(host) == here
+    assert "has no route to others" in caplog.text
 
 
 @on_cluster

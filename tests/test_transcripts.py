@@ -364,6 +364,19 @@ def test_deaths_of_holders_are_no_misses_of_the_value_that_comes_after_them():
         client.stimulus_key_in_memory(SCHEDULER, "x", 1, attempt, 8, "int", ["w"], ())
 
 
+def test_while_copies_are_under_way_whoever_misses_the_value_waits_for_them():
+    s = Scheduler("v", "w", clients="ce")
+    s.submit("x"), s.submit("x", client="e")
+    holder, attempt = s.finish("x")
+    sent(s)
+    s.stimulus_fetch_missed("c", "x", 1, attempt, [holder], False)
+    ((_, _, copy),) = sent(s)
+    s.stimulus_fetch_missed("e", "x", 1, attempt, [holder], True)
+    assert sent(s) == []
+    s.stimulus_task_returned(holder, copy["attempt"], [])
+    assert [(peer, op) for peer, op, _ in sent(s)] == [(c, "key-in-memory") for c in "ce"]
+
+
 def test_a_value_that_a_client_misses_too_often_is_an_error_there_until_it_is_retried():
     client, x = client_with_x(value=())
     for want in (1, 2):
