@@ -1,6 +1,7 @@
 """What a scheduler has recorded replays: to the same messages, in a mind without a network."""
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 from test_faults import call_home, caller, port_of, workers
 
 import minidist
-from minidist import OPS, CancelledError, Client, Worker, replay
+from minidist import LIMITS, OPS, CancelledError, Client, Worker, replay
 from test_minidist import SCRIPT, address_of, process
 
 LARGE = 1_000_000
@@ -108,6 +109,17 @@ def test_a_frame_is_recorded_as_its_length_and_digest(lines):
     for frame in fields["run_spec"]:
         length, digest = frame.split(" bytes, sha256 ")
         assert int(length) > 0 and len(bytes.fromhex(digest)) == 32
+
+
+def test_digests_are_remembered_of_small_frames_and_of_so_many(monkeypatch):
+    monkeypatch.setitem(LIMITS, "remembered", 10)
+    monkeypatch.setattr(minidist, "DIGESTS", {})
+    for frame in [b"%d" % number for number in range(30)] * 2:
+        assert minidist.digest(frame).endswith(hashlib.sha256(frame).hexdigest())
+        assert minidist.digest(frame) is minidist.digest(frame)
+        assert len(minidist.DIGESTS) <= 11
+    for large in (bytes(1_000), bytearray(1_000)):
+        assert minidist.digest(large) is not minidist.digest(large)
 
 
 def test_the_command_says_that_the_messages_are_the_same_and_every_invariant_holds(
