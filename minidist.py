@@ -3178,18 +3178,22 @@ def pack_exception(error, skip=0):
     ``skip`` leaves out that many frames at the start: the worker's own.  Pickle loses causes and
     tracebacks; so each link of the chain travels as a pickle of its own, text, and places.
     """
+
+    def has(name):  # Not what its own class makes of that name, which may raise.
+        return getattr(BaseException, name).__get__(error)
+
     links = []
     while error is not None and len(links) < 20:
-        steps = traceback.walk_tb(error.__traceback__)
+        steps = traceback.walk_tb(has("__traceback__"))
         codes = [(frame.f_code, line or 0) for frame, line in steps]  # Some code has no lines.
         places = [(c.co_filename, line, c.co_name, c.co_firstlineno) for c, line in codes]
         data = b""
         with contextlib.suppress(BaseException):  # Whatever it does then is the task's failure.
             data = dump_by_value(error)
         # Python sets that by "from", also by "from None": then there is no cause.
-        relation = "__cause__" if error.__suppress_context__ else "__context__"
+        relation = "__cause__" if has("__suppress_context__") else "__context__"
         links.append((data, text_of(error), places[skip:], relation))
-        error, skip = getattr(error, relation), 0
+        error, skip = has(relation), 0
     return (pickle.dumps(links, protocol=5),)
 
 
@@ -3210,7 +3214,7 @@ def unpack_exception(frames):
         error = RemoteError(text).with_traceback(tb)
         with contextlib.suppress(Exception):
             error = pickle.loads(data).with_traceback(tb)
-        object.__setattr__(error, relation, origin)
+        getattr(BaseException, relation).__set__(error, origin)
     return error
 
 

@@ -145,6 +145,24 @@ def test_an_exception_that_ends_whoever_looks_at_it_is_known_by_its_type():
     assert minidist.text_of(Exits()).endswith("Exits")
 
 
+class Hidden(Exception):
+    """Looked at in the usual way, it ends whoever does."""
+
+    @property
+    def hidden(self):
+        raise SystemExit
+
+    __cause__ = __traceback__ = __suppress_context__ = hidden
+
+
+def test_the_cause_of_an_exception_arrives_whatever_its_class_makes_of_that_name():
+    error = Hidden("the text")
+    BaseException.__cause__.__set__(error, KeyError("why"))
+    got = unpack_exception(pack_exception(error))
+    assert (type(got), str(got)) == (Hidden, "the text")
+    assert repr(BaseException.__cause__.__get__(got)) == "KeyError('why')"
+
+
 def test_of_a_long_chain_of_exceptions_the_last_twenty_arrive():
     error = None
     for number in range(30):
