@@ -1777,6 +1777,7 @@ class SchedulerMind(Mind):
             ws = self.decide_worker(ts)
             ts.queue, estimate_us = ws.queue, self.estimate(ts)
             ws.occupancy += estimate_us
+            self.by_load[ws.load].move_to_end(ws)  # As in ``account``.
             self.changed[ws] = self.crowded[ws] = None
         ts.queue.push(ts, estimate_us)
 
@@ -2033,11 +2034,11 @@ class SchedulerMind(Mind):
         """
         ws.occupancy += sign * duration_us
         ws.taken_us += sign * min(duration_us, ROOM_US)
-        load = self.load_of(ws)
-        if load != ws.load:
-            del self.by_load[ws.load][ws]
-            ws.load = load
-            self.by_load[load][ws] = None
+        # To the end, if only of the same set: ``least_loaded`` compares the first few there, and
+        # would fill them up before it found the others.
+        del self.by_load[ws.load][ws]
+        ws.load = self.load_of(ws)
+        self.by_load[ws.load][ws] = None
         if sign < 0:
             self.changed[ws] = None
 
