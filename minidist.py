@@ -913,15 +913,17 @@ class ClientMind(FetchingMind):
 #       way is its ``arriving``.  And since no call makes data, its only replica is not freed when
 #       somebody could not fetch it: it is *stuck* there, and who needs it goes there.
 #
-# How much a worker is sent is its *room*.  Say that it has two threads, so a room of 2,000 us.  Of
-# tasks known to take 10 us it is sent 200, which keep it busy while the next are on their way.  Of
-# tasks that take a second it is sent two, one for each thread; and two of a function that nobody
+# How much a worker is sent is its *room*.  Say that it has two threads, so a room of 10,000 us.  Of
+# tasks known to take 1,000 us it is sent ten, which keep it busy while the next are on their way.
+# Of tasks that take a second it is sent two, one for each thread; and two of a function that nobody
 # has measured yet, since it might take an hour, with others waiting behind it.
 
 # The costs are guesses, and are only compared with each other: a wrong one makes a task start
 # somewhat later than it could, never a result wrong.
 
-ROOM_US = 1_000  # work, known to be short, that a busy thread is sent early: it hides a round trip
+# Work, known to be short, that a thread is sent early.  It hides a round trip of some hundred us,
+# which would cost tasks of 1,000 us a third of the time; more would only wait behind long ones.
+ROOM_US = 5_000
 UNKNOWN_US = 500_000  # what a task of an unmeasured function is taken for
 # dask: measures how fast workers transfer.
 TRANSFER_US = 1_000  # what any transfer costs, ...
@@ -1626,8 +1628,8 @@ class SchedulerMind(Mind):
     def has_room(self, ws, ts):
         """Whether ``ts`` may be sent to ``ws`` now: it has room, or can fetch in the meantime.
 
-        Room is measured in time: what is not known to be short takes all that one thread has, about
-        a millisecond.  So microsecond tasks run hundreds deep, and none waits behind an hour.
+        Room is measured in time: what is not known to be short takes all that one thread has, some
+        milliseconds.  So microsecond tasks run hundreds deep, and none waits behind an hour.
         With one task for each thread alone, a thread would wait for a round trip after each, which
         takes many times as long as a tiny task; with much more, a few workers would swallow what
         many could share.
@@ -2329,9 +2331,9 @@ def check_transposes(some, field, others, transpose):
 # of each key; here an attempt has a few states, and a fetch that is under way is in another table.
 
 
-# Many times the room that the scheduler fills: what has waited for so long waits behind something
-# that was taken to be short, and is not.  (Or it was sent early for the sake of its inputs: they
-# are here now, and stay here when it goes back.)
+# Twice the room that the scheduler fills: what has waited for so long waits behind something that
+# was taken to be short, and is not.  (Or it was sent early for the sake of its inputs: they are
+# here now, and stay here when it goes back.)
 
 LATE_US = 10_000  # what has been ready for so long, and has not begun, goes back
 

@@ -220,11 +220,11 @@ def test_a_value_whose_holders_are_all_gone_is_reported_and_not_waited_for():
     assert x.misses == 0, "nobody was asked"
 
 
-def test_short_tasks_are_sent_a_millisecond_deep():
+def test_short_tasks_are_sent_five_milliseconds_deep():
     s = Scheduler("w").measured("f", duration_us=10)
-    for n in range(500):
+    for n in range(1_000):
         s.submit(f"x{n}", name="f")
-    assert 100 <= len(s.computing()) <= 102
+    assert 500 <= len(s.computing()) <= 502
 
 
 def test_several_attempts_may_bear_one_key():
