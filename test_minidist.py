@@ -121,28 +121,12 @@ def test_every_step_of_the_journey_names_a_method_that_bears_its_number():
 # ---- 1. Vocabulary: messages, queues, purity ----
 
 
-def travel(message, sender):
-    """A message as it arrives: through JSON, its frames in a table beside it, then checked."""
-    frames = []
-
-    def place(frame):
-        assert type(frame) is bytes, frame
-        frames.append(frame)
-        return len(frames) - 1
-
-    return check_message(json.loads(json.dumps(message, default=place)), frames, sender)
-
-
-def fields_of(message):
-    """The fields of a message by their names."""
-    op, *values = message
-    return dict(zip(OPS[op][1], values, strict=True))
-
-
 def test_a_message_arrives_as_it_was_sent():
-    inputs = [("y", 2), (("z", 0), 3)]
+    """It comes as JSON, with its frames, that are bytes, in a table beside it."""
+    inputs, frames = [("y", 2), (("z", 0), 3)], [b"inc", b"args"]
     message = ["submit", ("x", 1), 1, "inc", (b"inc", b"args"), inputs, 0.5, ["a"], False, 0]
-    assert travel(message, "client") == message
+    came = json.loads(json.dumps(message, default=frames.index))
+    assert check_message(came, frames, "client") == message
 
 
 @pytest.mark.parametrize(
@@ -200,25 +184,26 @@ def test_the_minds_know_no_network_no_clock_no_chance_and_no_pickle():
 
 def sent(mind):
     """What a mind has to say since it was last asked: [(peer, op, {field: value})]."""
-    said = [(peer, message[0], fields_of(message)) for peer, message in mind.outbox]
+    said = [
+        (peer, op, dict(zip(OPS[op][1], values, strict=True)))
+        for peer, (op, *values) in mind.outbox
+    ]
     mind.outbox.clear()
     mind.validate()
     return said
 
 
-def client_with_x(**notice):
-    """A client that wants x, and the future's state; told of it if there is a notice."""
+@pytest.fixture
+def client():
+    """A client that wants x, and has said so."""
     client = ClientMind()
-    x = client.stimulus_submit("x", "inc", (b"spec",), [], 0)
-    if notice:
-        fields = dict(key="x", want=1, attempt=5, nbytes=8, type="int", holders=["w"], value=())
-        client.stimulus_key_in_memory(SCHEDULER, **fields | notice)
+    client.stimulus_submit("x", "inc", (b"spec",), [], 0)
     sent(client)
-    return client, x
+    return client
 
 
-def test_a_submit_names_its_inputs_by_key_and_want():
-    client, x = client_with_x()
+def test_a_submit_names_its_inputs_by_key_and_want(client):
+    x = client.futures["x"]
     y = client.stimulus_submit("y", "inc", (), [x], 0)
     fields = dict(key="y", want=2, name="inc", run_spec=(), inputs=[("x", 1)], priority=0)
     fields |= dict(workers=(), loose=False, retries=0)
@@ -226,8 +211,8 @@ def test_a_submit_names_its_inputs_by_key_and_want():
     assert (y.status, y.count) == ("pending", 1)
 
 
-def test_two_futures_of_one_key_are_one_want_and_the_last_one_lets_go():
-    client, x = client_with_x()
+def test_two_futures_of_one_key_are_one_want_and_the_last_one_lets_go(client):
+    x = client.futures["x"]
     assert client.stimulus_submit("x", "inc", (b"spec",), [], 0) is x
     client.stimulus_release(x)
     assert sent(client) == []
@@ -236,17 +221,17 @@ def test_two_futures_of_one_key_are_one_want_and_the_last_one_lets_go():
     assert client.futures == {}
 
 
-def test_news_of_an_older_want_is_ignored():
-    client, x = client_with_x()
-    client.stimulus_release(x)
+def test_news_of_an_older_want_is_ignored(client):
+    client.stimulus_release(client.futures["x"])
     again = client.stimulus_submit("x", "inc", (b"spec",), [], 0)
     client.stimulus_key_erred(SCHEDULER, "x", 1, (b"old",), "", "")
     client.stimulus_key_cancelled(SCHEDULER, "x", 1, "old")
     assert (again.want, again.status) == (2, "pending")
 
 
-def test_a_value_is_fetched_only_when_somebody_asks_for_it():
-    client, x = client_with_x(value=())
+def test_a_value_is_fetched_only_when_somebody_asks_for_it(client):
+    x = client.futures["x"]
+    client.stimulus_key_in_memory(SCHEDULER, "x", 1, 5, 8, "int", ["w"], ())
     assert (x.status, sent(client)) == ("finished", [])
     client.stimulus_ask([x])
     assert sent(client) == [("w", "get-data", {"names": [("x", 5)]})]
@@ -347,33 +332,22 @@ def test_a_lost_result_is_computed_again_with_the_inputs_that_were_freed():
 # ---- 4. Worker mind ----
 
 
-class WorkerByHand(WorkerMind):
-    """A worker driven by hand: its stimuli with what the transcripts do not care about."""
-
-    def compute(self, number, *inputs, key="y", holders=("v",), priority=0):
-        """``inputs`` are keys whose values bear the attempt 1 and are held by ``holders``."""
-        inputs = [(i, 1, list(holders)) for i in inputs]
-        self.stimulus_compute_task(SCHEDULER, key, number, "f", (b"f",), inputs, priority, True)
-        return self
-
-    def states(self):
-        self.validate()
-        return {number: attempt.state for number, attempt in self.attempts.items()}
-
-
 def test_an_attempt_without_inputs_is_ready_at_once_and_ends_with_its_value():
-    w = WorkerByHand().compute(7)
-    assert (w.states(), sent(w)) == ({7: "ready"}, [])
+    w = WorkerMind()
+    w.stimulus_compute_task(SCHEDULER, "y", 7, "f", (b"f",), [], 0, True)
+    assert (w.attempts[7].state, sent(w)) == ("ready", [])
     assert w.stimulus_take().number == 7
-    assert (w.states(), w.stimulus_take()) == ({7: "executing"}, None)
+    assert (w.attempts[7].state, w.stimulus_take(), sent(w)) == ("executing", None, [])
     w.stimulus_finished(7, 1, 8, "int", 10, (b"1",))
     fields = dict(attempt=7, nbytes=8, type="int", duration_us=10, value=(b"1",))
     assert sent(w) == [(SCHEDULER, "task-finished", fields)]
-    assert (w.states(), list(w.data)) == ({}, [("y", 7)])
+    assert (w.attempts, list(w.data)) == ({}, [("y", 7)])
 
 
 def test_threads_take_attempts_in_the_order_of_their_priorities():
-    w = WorkerByHand().compute(1, priority=5).compute(2, priority=3).compute(3, priority=4)
+    w = WorkerMind()
+    for number, priority in [(1, 5), (2, 3), (3, 4)]:
+        w.stimulus_compute_task(SCHEDULER, "y", number, "f", (b"f",), [], priority, True)
     assert [w.stimulus_take().number for _ in range(3)] == [2, 3, 1]
 
 
@@ -839,13 +813,18 @@ class Cluster:
             lost = "link_lost" if kind == "answer" else f"{role}_left"
             getattr(self.minds[receiver], f"stimulus_{lost}")(sender)
         else:
-            message = travel(message, "holder" if kind == "answer" else role)
-            self.handle(sender, receiver, message[0], fields_of(message))
+            _, header, *frames = pack([message])
+            assert all(type(frame) is bytes for frame in frames), message
+            (message,), _ = json.loads(header)
+            check_message(message, frames, "holder" if kind == "answer" else role)
+            self.handle(sender, receiver, *message)
         if receiver in self.minds:
             self.flush(receiver)
 
-    def handle(self, sender, receiver, op, fields):
+    def handle(self, sender, receiver, op, *values):
         """What a body does with a message: most of them are for its mind."""
+        fields = dict(zip(OPS[op][1], values, strict=True))
+        stimulus = getattr(self.minds[receiver], "stimulus_" + op.replace("-", "_"), None)
         if op == "get-data":
             for name in fields["names"]:
                 self.post(receiver, sender, self.answer(receiver, name), "answer")
@@ -856,10 +835,10 @@ class Cluster:
             known = sender in scheduler.workers or sender in scheduler.clients
             if known or op.startswith("register-"):
                 self.witness(sender, op, fields)
-                stimulate(scheduler, op, fields.pop("id", sender), fields)
+                stimulus(fields.pop("id", sender), *fields.values())
         elif op not in ("registered", "warning"):
             held = {*getattr(self.minds[receiver], "data", ())}
-            stimulate(self.minds[receiver], op, sender, fields)
+            stimulus(sender, *values)
             for name in {*getattr(self.minds[receiver], "data", ())} - held:
                 self.seen["transfers"] += op == "data"
                 self.seen["replicas"] += sum(name in self.minds[w].data for w in self.ids("w")) > 1
@@ -965,10 +944,6 @@ class Cluster:
 
 def threads_of(worker):
     return 1 + int(worker[1:]) % 2
-
-
-def stimulate(mind, op, peer, fields):
-    getattr(mind, "stimulus_" + op.replace("-", "_"))(peer, *fields.values())
 
 
 def pick_from(options, pick):
@@ -1605,7 +1580,7 @@ anything_in_json = st.recursive(
 def test_garbage_is_a_protocol_error_and_nothing_else(header):
     try:
         (batch,) = read([minidist.PREFIX.pack(len(header)), header], "client")
-        assert [travel(message, "client") for message in batch] == batch
+        assert read(pack(batch), "client") == [batch], "what arrives can be sent on"
     except ProtocolError:
         pass
     except EOFError:

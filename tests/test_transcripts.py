@@ -5,26 +5,28 @@ from collections import Counter
 import pytest
 
 import minidist
-from minidist import ALLOWED_FAILURES, SCHEDULER, ClientMind
-from test_minidist import Scheduler, WorkerByHand, client_with_x, sent
+from minidist import ALLOWED_FAILURES, SCHEDULER, ClientMind, WorkerMind
+from test_minidist import Scheduler, client, sent  # noqa: F401
 
 
-def test_a_value_that_rode_along_is_not_fetched():
-    client, x = client_with_x(value=(b"42",))
+def test_a_value_that_rode_along_is_not_fetched(client):
+    x = client.futures["x"]
+    client.stimulus_key_in_memory(SCHEDULER, "x", 1, 5, 8, "int", ["w"], (b"42",))
     client.stimulus_ask([x])
     assert (x.status, x.value, sent(client)) == ("finished", (b"42",), [])
 
 
-def test_a_value_that_is_here_is_final():
-    client, x = client_with_x(value=(b"42",))
+def test_a_value_that_is_here_is_final(client):
+    x = client.futures["x"]
+    client.stimulus_key_in_memory(SCHEDULER, "x", 1, 5, 8, "int", ["w"], (b"42",))
     client.stimulus_key_lost(SCHEDULER, "x", 1)
     client.stimulus_key_erred(SCHEDULER, "x", 1, (b"late",), "", "")
     client.stimulus_key_cancelled(SCHEDULER, "x", 1, "late")
     assert (x.status, x.value, sent(client)) == ("finished", (b"42",), [])
 
 
-def test_what_is_submitted_on_a_cancelled_future_is_cancelled_saying_why():
-    client, x = client_with_x()
+def test_what_is_submitted_on_a_cancelled_future_is_cancelled_saying_why(client):
+    x = client.futures["x"]
     client.stimulus_key_cancelled(SCHEDULER, "x", 1, "its data was lost")
     y = client.stimulus_submit("y", "inc", (), [x], 0)
     assert (x.status, y.status, sent(client)) == ("cancelled", "cancelled", [])
@@ -140,44 +142,52 @@ def test_an_error_is_told_to_every_dependent_and_forgotten_with_its_last_want():
 
 
 def test_an_exception_ends_an_attempt():
-    w = WorkerByHand().compute(7)
+    w = WorkerMind()
+    w.stimulus_compute_task(SCHEDULER, "y", 7, "f", (b"f",), [], 0, True)
     w.stimulus_take()
     w.stimulus_failed(7, (b"boom",))
     assert sent(w)[-1] == (SCHEDULER, "task-erred", {"attempt": 7, "exception": (b"boom",)})
 
 
 def test_inputs_are_fetched_from_each_holder_in_one_request():
-    w = WorkerByHand().compute(7, "x", "z")
+    w = WorkerMind()
+    w.stimulus_compute_task(
+        SCHEDULER, "y", 7, "f", (b"f",), [("x", 1, ["v"]), ("z", 1, ["v"])], 0, True
+    )
     assert sent(w) == [("v", "get-data", {"names": [("x", 1), ("z", 1)]})]
     w.stimulus_data("v", "x", 1, "ok", (b"1",))
-    assert w.states() == {7: "waiting"}
+    w.validate()
+    assert w.attempts[7].state == "waiting"
     w.stimulus_data("v", "z", 1, "ok", (b"2",))
-    assert w.states() == {7: "ready"}
+    assert w.attempts[7].state == "ready"
     assert sent(w) == [(SCHEDULER, "add-keys", {"names": [("x", 1), ("z", 1)]})]
 
 
 def test_an_input_that_nobody_gives_sends_the_attempt_back():
-    w = WorkerByHand().compute(7, "x", holders=["u", "v"])
+    w = WorkerMind()
+    w.stimulus_compute_task(SCHEDULER, "y", 7, "f", (b"f",), [("x", 1, ["u", "v"])], 0, True)
     w.stimulus_data("u", "x", 1, "missing", ())
     sent(w)
     w.stimulus_link_lost("v")
     misses = [("x", 1, ["u", "v"])]
     assert sent(w) == [(SCHEDULER, "task-returned", {"attempt": 7, "misses": misses})]
-    assert (w.states(), w.needed_by) == ({}, {})
+    assert (w.attempts, w.needed_by) == ({}, {})
 
 
 def test_a_freed_input_sends_back_what_has_not_started():
-    w = WorkerByHand().compute(7, "x").compute(8, "x", key="z", priority=1)
+    w = WorkerMind()
+    w.stimulus_compute_task(SCHEDULER, "y", 7, "f", (b"f",), [("x", 1, ["v"])], 0, True)
+    w.stimulus_compute_task(SCHEDULER, "z", 8, "f", (b"f",), [("x", 1, ["v"])], 1, True)
     w.stimulus_data("v", "x", 1, "ok", (b"1",))
     w.stimulus_take()
     sent(w)
     w.stimulus_free_keys(SCHEDULER, [("x", 1)])
-    assert w.states() == {7: "executing"}
+    assert [attempt.state for attempt in w.attempts.values()] == ["executing"]
     assert sent(w) == [(SCHEDULER, "task-returned", {"attempt": 8, "misses": []})]
 
 
-def test_releases_in_a_row_travel_in_one_message():
-    client, x = client_with_x()
+def test_releases_in_a_row_travel_in_one_message(client):
+    x = client.futures["x"]
     y = client.stimulus_submit("y", "inc", (), [], 0)
     sent(client)
     client.stimulus_release(x)
@@ -185,8 +195,8 @@ def test_releases_in_a_row_travel_in_one_message():
     assert sent(client) == [(SCHEDULER, "release-keys", {"names": [("x", 1), ("y", 2)]})]
 
 
-def test_another_call_under_a_wanted_key_is_a_warning():
-    client, x = client_with_x()
+def test_another_call_under_a_wanted_key_is_a_warning(client):
+    x = client.futures["x"]
     assert client.stimulus_submit("x", "inc", (b"spec",), [], 0) is x and client.warnings == []
     for _ in range(2):
         assert client.stimulus_submit("x", "inc", (b"other",), [], 0) is x
@@ -203,16 +213,18 @@ def test_other_data_under_a_wanted_key_is_a_warning_too():
     assert len(client.warnings) == 1
 
 
-def test_an_error_that_was_fetched_is_final_too():
-    client, x = client_with_x(value=())
+def test_an_error_that_was_fetched_is_final_too(client):
+    x = client.futures["x"]
+    client.stimulus_key_in_memory(SCHEDULER, "x", 1, 5, 8, "int", ["w"], ())
     client.stimulus_ask([x])
     client.stimulus_data("w", "x", 5, "error", (b"cannot pickle",))
     client.stimulus_key_lost(SCHEDULER, "x", 1)
     assert (x.status, x.exception) == ("error", (b"cannot pickle",))
 
 
-def test_a_value_whose_holders_are_all_gone_is_reported_and_not_waited_for():
-    client, x = client_with_x(value=())
+def test_a_value_whose_holders_are_all_gone_is_reported_and_not_waited_for(client):
+    x = client.futures["x"]
+    client.stimulus_key_in_memory(SCHEDULER, "x", 1, 5, 8, "int", ["w"], ())
     client.stimulus_worker_left(SCHEDULER, "w")
     client.stimulus_ask([x])
     fields = dict(key="x", want=1, attempt=5, holders=[], again=False)
@@ -228,7 +240,9 @@ def test_short_tasks_are_sent_five_milliseconds_deep():
 
 
 def test_several_attempts_may_bear_one_key():
-    w = WorkerByHand().compute(7, key="y").compute(8, key="y")
+    w = WorkerMind()
+    w.stimulus_compute_task(SCHEDULER, "y", 7, "f", (b"f",), [], 0, True)
+    w.stimulus_compute_task(SCHEDULER, "y", 8, "f", (b"f",), [], 0, True)
     w.stimulus_take()
     w.stimulus_take()
     w.stimulus_finished(8, 2, 1, "int", 10, ())
@@ -330,8 +344,8 @@ def test_a_client_that_cannot_reach_a_result_gets_a_copy_elsewhere_and_costs_nob
     assert s.states() == {"x": "memory"}
 
 
-def test_what_is_cancelled_at_once_is_cancelled_in_one_message():
-    client, x = client_with_x()
+def test_what_is_cancelled_at_once_is_cancelled_in_one_message(client):
+    x = client.futures["x"]
     y = client.stimulus_submit("y", "inc", (b"spec",), [x], 0)
     sent(client)
     client.stimulus_cancel([x, y, x], False)
@@ -355,8 +369,9 @@ def test_of_many_holders_those_that_a_client_missed_are_named_last():
     assert (len({*asked[:16]}), len({*asked})) == (16, 20)
 
 
-def test_deaths_of_holders_are_no_misses_of_the_value_that_comes_after_them():
-    client, x = client_with_x(value=())
+def test_deaths_of_holders_are_no_misses_of_the_value_that_comes_after_them(client):
+    x = client.futures["x"]
+    client.stimulus_key_in_memory(SCHEDULER, "x", 1, 5, 8, "int", ["w"], ())
     client.stimulus_ask([x])
     for attempt in range(6, 16):
         client.stimulus_link_lost("w")
@@ -377,8 +392,9 @@ def test_while_copies_are_under_way_whoever_misses_the_value_waits_for_them():
     assert [(peer, op) for peer, op, _ in sent(s)] == [(c, "key-in-memory") for c in "ce"]
 
 
-def test_a_value_that_a_client_misses_too_often_is_an_error_there_until_it_is_retried():
-    client, x = client_with_x(value=())
+def test_a_value_that_a_client_misses_too_often_is_an_error_there_until_it_is_retried(client):
+    x = client.futures["x"]
+    client.stimulus_key_in_memory(SCHEDULER, "x", 1, 5, 8, "int", ["w"], ())
     for want in (1, 2):
         client.stimulus_ask([x])
         for n in range(ALLOWED_FAILURES):
@@ -520,30 +536,32 @@ def test_an_error_at_the_head_of_a_long_chain_reaches_its_end():
 
 
 def test_an_input_that_its_holder_cannot_pickle_fails_the_attempt():
-    w = WorkerByHand().compute(7, "x")
+    w = WorkerMind()
+    w.stimulus_compute_task(SCHEDULER, "y", 7, "f", (b"f",), [("x", 1, ["v"])], 0, True)
     w.stimulus_data("v", "x", 1, "error", (b"cannot pickle",))
     assert sent(w)[-1][:2] == (SCHEDULER, "task-erred")
 
 
 def test_a_dead_holder_is_not_waited_for():
-    w = WorkerByHand().compute(7, "x", holders=["u", "v"])
+    w = WorkerMind()
+    w.stimulus_compute_task(SCHEDULER, "y", 7, "f", (b"f",), [("x", 1, ["u", "v"])], 0, True)
     sent(w)
     w.stimulus_worker_left(SCHEDULER, "u")
     assert sent(w) == [("v", "get-data", {"names": [("x", 1)]})]
     w.stimulus_worker_left(SCHEDULER, "v")
-    assert w.states() == {}
+    assert (w.attempts, sent(w)[0][1]) == ({}, "task-returned")
 
 
-def test_a_failed_future_that_is_cancelled_has_no_exception_any_more():
-    client, x = client_with_x()
+def test_a_failed_future_that_is_cancelled_has_no_exception_any_more(client):
+    x = client.futures["x"]
     client.stimulus_key_erred(SCHEDULER, "x", 1, (b"boom",), "", "")
     assert (x.status, x.exception) == ("error", (b"boom",))
     client.stimulus_cancel([x], False)
     assert (x.status, x.exception, x.text) == ("cancelled", (), "it was cancelled here")
 
 
-def test_when_the_scheduler_is_lost_what_is_not_here_is_cancelled():
-    client, x = client_with_x()
+def test_when_the_scheduler_is_lost_what_is_not_here_is_cancelled(client):
+    x = client.futures["x"]
     y = client.stimulus_submit("y", "inc", (), [], 0)
     client.stimulus_key_in_memory(SCHEDULER, "y", 2, 6, 8, "int", [], (b"1",))
     client.stimulus_scheduler_left("the scheduler is gone")
@@ -593,8 +611,9 @@ def test_tasks_that_were_never_measured_go_one_to_a_thread():
     assert len(s.computing()) == 3
 
 
-def test_a_client_tries_each_holder_and_then_reports_those_that_missed():
-    client, x = client_with_x(holders=["w", "v"])
+def test_a_client_tries_each_holder_and_then_reports_those_that_missed(client):
+    x = client.futures["x"]
+    client.stimulus_key_in_memory(SCHEDULER, "x", 1, 5, 8, "int", ["w", "v"], ())
     client.stimulus_ask([x])
     client.stimulus_link_lost("w")
     client.stimulus_data("v", "x", 5, "missing", ())
