@@ -20,7 +20,6 @@ import ast
 import asyncio
 import contextlib
 import functools
-import hashlib
 import inspect
 import json
 import operator
@@ -39,7 +38,6 @@ from collections import Counter, deque
 from concurrent.futures import CancelledError
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from zlib import crc32
 
@@ -1293,7 +1291,7 @@ def a_deep_history(seed, steps=300):
 HISTORIES = 112
 
 
-@cache
+@pytest.fixture(scope="module")
 def deep_histories():
     """({what: how many of the histories saw it}, edges taken)."""
     reached, edges = Counter(), set()
@@ -1304,8 +1302,8 @@ def deep_histories():
     return reached, edges
 
 
-def test_half_of_the_deep_histories_see_a_fault_and_one_in_twenty_whatever_is_rare():
-    reached, _ = deep_histories()
+def test_half_of_the_deep_histories_see_a_fault_and_one_in_twenty_whatever_is_rare(deep_histories):
+    reached, _ = deep_histories
     assert reached["faults"] >= HISTORIES / 2
     rare = ["computed again", "stolen", "task-returned", "transfers", "fetch-missed", "lost data"]
     rare += ["cancelled while it runs", "resubmitted while it runs", "suspects", "replicas"]
@@ -1316,29 +1314,33 @@ def test_half_of_the_deep_histories_see_a_fault_and_one_in_twenty_whatever_is_ra
 
 
 @pytest.mark.parametrize("mind", [SchedulerMind, WorkerMind])
-def test_every_edge_in_the_table_is_taken_by_some_history(mind):
-    _, edges = deep_histories()
+def test_every_edge_in_the_table_is_taken_by_some_history(mind, deep_histories):
+    _, edges = deep_histories
     assert {(start, finish) for kind, start, finish in edges if kind is mind} == set(
         mind.TRANSITIONS
     )
 
 
-def digest_of_messages(seeds):
-    messages = [a_deep_history(seed).log for seed in seeds]
-    return hashlib.sha256(repr(messages).encode()).hexdigest()
+@pytest.mark.parametrize("planted", [False, True], ids=["", "planted"])
+def test_the_same_history_gives_the_same_messages_to_the_byte_in_every_process(planted, tmp_path):
+    """*Determinism*: no order depends on addresses or on the randomization of hashes.
 
-
-BY_HASH = """plant(pytest.MonkeyPatch(), SchedulerMind.fill, "ws, _ = self.changed.popitem()",
-    "ws = min(self.changed, key=lambda ws: hash(ws.id)); del self.changed[ws]")"""
-
-
-@pytest.mark.parametrize("bug, is_caught", [("", False), (BY_HASH, True)], ids=["", "planted"])
-def test_the_same_history_gives_the_same_messages_to_the_byte_in_every_process(bug, is_caught):
-    """*Determinism*: no order depends on addresses or on the randomization of hashes."""
-    code = f"from test_minidist import *\n{bug}\nprint(digest_of_messages(range(16)))"
-    with process("-c", code, PYTHONHASHSEED="1") as p, process("-c", code, PYTHONHASHSEED="2") as q:
+    In a copy of the source in which one does, that shows.
+    """
+    source, line = Path(SCRIPT).read_text(), "ws, _ = self.changed.popitem()"
+    assert source.count(line) == 1
+    by_hash = "ws = min(self.changed, key=lambda ws: hash(ws.id)); del self.changed[ws]"
+    (tmp_path / "minidist.py").write_text(source.replace(line, by_hash if planted else line))
+    code = """import hashlib, test_minidist
+logs = [test_minidist.a_deep_history(seed).log for seed in range(16)]
+print(hashlib.sha256(repr(logs).encode()).hexdigest())"""
+    command, options = ["-c", code], dict(cwd=tmp_path, PYTHONPATH=str(ROOT))
+    with (
+        process(*command, **options, PYTHONHASHSEED="1") as p,
+        process(*command, **options, PYTHONHASHSEED="2") as q,
+    ):
         digest, other = p.communicate()[0], q.communicate()[0]
-        assert len(digest) == len(other) == 65 and (digest != other) == is_caught
+        assert len(digest) == len(other) == 65 and (digest != other) == planted
 
 
 # Planted bugs: a simulation that finds nothing proves nothing, unless it finds these.  Each row:
@@ -1348,7 +1350,7 @@ PLANTED = """
 # A stale message is believed: a number is not compared.
 ClientMind.current | state.want != want | False | honesty
 # An abandoned attempt is adopted by a later want.
-SchedulerMind.end_attempt | current = ts.attempt == attempt | ts, current = self.adopt(ts, attempt) | oracle
+SchedulerMind.end_attempt | current = ts.attempt == attempt | ts = self.tasks.get(ts.key, ts); current = ts.state == "processing"; ts.attempt = attempt if current else ts.attempt | oracle
 # A value is freed by its key alone.
 WorkerMind.stimulus_free_keys | in names: | in [n for n in self.data if n[0] in dict(names)]: | agreement
 # A wake-up is forgotten.
@@ -1397,49 +1399,42 @@ SchedulerMind.steal | ws in self.allowed(ts) and |  | restrictions
 ROWS = [row.split(" | ") for row in PLANTED.strip().splitlines() if row[0] != "#"]
 
 
-def plant(monkeypatch, method, line, planted):
-    """Replace a line, which must stand once in the method's source."""
-    source = textwrap.dedent(inspect.getsource(method))
-    assert source.count(line) == 1, source
-    kind = method.__qualname__.partition(".")[0]
-    source = source.replace(line, planted).replace("super()", f"super({kind}, self)")
-    namespace = vars(minidist) | globals()
-    exec(source, namespace)
-    monkeypatch.setattr(namespace[kind], method.__name__, namespace[method.__name__])
+@pytest.fixture
+def plant(monkeypatch):
+    """Replaces a line, which must stand once in the method's source; until the test ends."""
+
+    def plant(method, line, planted):
+        source = textwrap.dedent(inspect.getsource(method))
+        assert source.count(line) == 1, source
+        kind = method.__qualname__.partition(".")[0]
+        source = source.replace(line, planted).replace("super()", f"super({kind}, self)")
+        namespace = vars(minidist) | globals()
+        exec(source, namespace)
+        monkeypatch.setattr(namespace[kind], method.__name__, namespace[method.__name__])
+
+    return plant
 
 
-def adopt(scheduler, ts, attempt):
-    """For a planted bug: an attempt serves whoever wants its key by now."""
-    ts = scheduler.tasks.get(ts.key, ts)
-    current = ts.state == "processing"
-    ts.attempt = attempt if current else ts.attempt
-    return ts, current
+@pytest.mark.parametrize("method, line, planted, promise", ROWS)
+def test_a_planted_bug_is_caught_by_its_property(method, line, planted, promise, plant):
+    """One of the histories that a test run goes through breaks this very property.
 
-
-def is_caught_by(promise):
-    """Whether one of the histories that a test run goes through breaks this very property.
-
-    (And none before it a ``validate``: there are bugs after which all books balance.)
+    And none before it a ``validate``: there are bugs after which all books balance.
     """
+    plant(operator.attrgetter(method)(minidist), line, planted)
     for seed in range(HISTORIES):
         try:
             a_deep_history(seed)
         except Cluster.Broken as broken:
             if str(broken) in (promise, "validate"):
-                return str(broken) == promise
+                assert str(broken) == promise
+                return
         except (AttributeError, LookupError):
             pass  # The bug has broken a mind.  That is no property of the cluster.
-    return False
+    pytest.fail("no history breaks it")
 
 
-@pytest.mark.parametrize("method, line, planted, promise", ROWS)
-def test_a_planted_bug_is_caught_by_its_property(method, line, planted, promise, monkeypatch):
-    monkeypatch.setattr(SchedulerMind, "adopt", adopt, raising=False)
-    plant(monkeypatch, operator.attrgetter(method)(minidist), line, planted)
-    assert is_caught_by(promise)
-
-
-def test_the_story_of_a_reference_that_was_counted_twice(monkeypatch):
+def test_the_story_of_a_reference_that_was_counted_twice(plant):
     """One of them in full: ``ClientMind.known`` adds 2 for a second Future object.
 
     With that line planted, ``run_state_machine_as_test(AnyHistory)`` finds a history of some fifty
@@ -1460,29 +1455,28 @@ def test_the_story_of_a_reference_that_was_counted_twice(monkeypatch):
     text = inspect.getdoc(test_the_story_of_a_reference_that_was_counted_twice)
     story = re.findall(r"^ {4}(state.*)\n", text, re.M)
     exec("\n".join(story), globals(), {})
-    plant(monkeypatch, ClientMind.known, "state.count += 1", "state.count += 2")
+    plant(ClientMind.known, "state.count += 1", "state.count += 2")
     for step in range(2, len(story) - 1):
         exec("\n".join(story[:step] + story[step + 1 :]), globals(), {})
     with pytest.raises(Cluster.Broken, match="^quiescence$"):
         exec("\n".join(story), globals(), {})
 
 
-def test_releases_on_a_stream_of_their_own_are_caught_if_wants_are_not_compared(monkeypatch):
+def test_releases_on_a_stream_of_their_own_are_caught_if_wants_are_not_compared(plant):
     """Either would do: one ordered stream, or a scheduler that compares the numbers of wants.
 
     Without both, a release overtakes what was submitted after it.
     """
-    plant(
-        monkeypatch, SchedulerMind.wanted_by, "cs.wants_what.get(ts) == want", "ts in cs.wants_what"
-    )
     kind = '"releases" if message[0] == "release-keys" else "stream"'
-    plant(
-        monkeypatch,
-        Cluster.flush,
-        "self.post(id, peer, message)",
-        f"self.post(id, peer, message, {kind})",
+    line = "self.post(id, peer, message)"
+    plant(Cluster.flush, line, f"self.post(id, peer, message, {kind})")
+    test_a_planted_bug_is_caught_by_its_property(
+        method="SchedulerMind.wanted_by",
+        line="cs.wants_what.get(ts) == want",
+        planted="ts in cs.wants_what",
+        promise="agreement",
+        plant=plant,
     )
-    assert is_caught_by("agreement")
 
 
 # ---- 5. Wire ----
