@@ -1489,63 +1489,62 @@ keys = st.text() | st.recursive(
 few = functools.partial(st.lists, max_size=3)
 
 
-def of_kind(kind):
-    """The values of a kind of field."""
-    if isinstance(kind, list):
-        return few(of_kind(kind[0]))
-    if isinstance(kind, tuple):
-        return st.tuples(*map(of_kind, kind))
-    if kind is minidist.to_frames:
-        return few(st.binary(max_size=200)).map(tuple)
-    if kind is minidist.anything:
-        return st.integers() | few(st.text())
-    if kind is float:
-        return st.floats(allow_nan=False)
-    return keys if kind is minidist.to_key else st.from_type(kind)
-
-
+of_the_kind_of = {  # {a field: values of its kind}; others are of the same kinds
+    "key": keys,
+    "want": st.integers(),
+    "priority": st.floats(allow_nan=False),
+    "id": st.text(),
+    "wanted": st.booleans(),
+    "run_spec": few(st.binary(max_size=200)).map(tuple),
+    "attempts": few(st.integers()),
+    "holders": few(st.text()),
+    "keys": few(keys),
+    "facts": st.integers() | few(st.text()),
+    "names": few(st.tuples(keys, st.integers())),
+    "places": few(st.tuples(keys, st.integers(), few(st.text()))),
+}
+values = {
+    field: some
+    for field, kind in minidist.FIELDS.items()
+    for one, some in of_the_kind_of.items()
+    if kind == minidist.FIELDS[one]
+}
 senders = ["client", "worker", "scheduler", "holder"]
+messages = {  # {who sends them: any messages that it may send}
+    sender: st.one_of(
+        st.tuples(st.just(op), *(values[name] for name in names)).map(list)
+        for op, (some, names, _) in OPS.items()
+        if sender in some
+    )
+    for sender in senders
+}
+# (who sends them, batches of messages)
+some_batches = st.sampled_from(senders).flatmap(
+    lambda sender: st.tuples(st.just(sender), few(few(messages[sender])))
+)
 
 
-@st.composite
-def some_batches(draw):
-    """(who sends them, batches of any messages that it may send)."""
-    sender = draw(st.sampled_from(senders))
-    messages = []
-    for op, (some, names, _) in OPS.items():
-        if sender in some:
-            values = [of_kind(minidist.FIELDS[name]) for name in names]
-            messages.append(st.tuples(st.just(op), *values).map(list))
-    return sender, draw(few(few(st.one_of(messages))))
+@settings(deadline=None)
+@given(some_batches, st.lists(st.integers(min_value=0)))
+def test_batches_arrive_as_they_were_sent_however_the_bytes_are_split(sent_batches, cuts):
+    sender, batches = sent_batches
+    stream = b"".join(b"".join(pack(batch)) for batch in batches)
+    places = [0, *sorted({cut % (len(stream) + 1) for cut in cuts}), len(stream)]
+    pieces = [stream[i:j] for i, j in zip(places, places[1:], strict=False)]
 
+    async def read_all(reader):
+        return [await read_batch(reader, sender) for _ in batches]
 
-def read(pieces, sender, count=1):
-    """What ``read_batch`` makes of a stream that arrives in pieces and then ends."""
-
-    async def feed():
+    async def arrive():
         reader = asyncio.StreamReader()
-
-        async def read_all():
-            return [await read_batch(reader, sender) for _ in range(count)]
-
-        reading = asyncio.ensure_future(read_all())
+        reading = asyncio.create_task(read_all(reader))
         for piece in pieces:
             reader.feed_data(piece)
             await asyncio.sleep(0)
         reader.feed_eof()
         return await reading
 
-    return asyncio.run(feed())
-
-
-@settings(deadline=None)
-@given(some_batches(), st.lists(st.integers(min_value=0)))
-def test_batches_arrive_as_they_were_sent_however_the_bytes_are_split(sent_batches, cuts):
-    sender, batches = sent_batches
-    stream = b"".join(b"".join(pack(batch)) for batch in batches)
-    places = [0, *sorted({cut % (len(stream) + 1) for cut in cuts}), len(stream)]
-    pieces = [stream[i:j] for i, j in zip(places, places[1:], strict=False)]
-    assert read(pieces, sender, len(batches)) == batches
+    assert asyncio.run(arrive()) == batches
 
 
 anything_in_json = st.recursive(
@@ -1562,9 +1561,15 @@ anything_in_json = st.recursive(
 @settings(deadline=None)
 @given(anything_in_json.map(lambda garbage: json.dumps(garbage).encode()) | st.binary())
 def test_garbage_is_a_protocol_error_and_nothing_else(header):
+    async def read(*buffers):
+        reader = asyncio.StreamReader()
+        reader.feed_data(b"".join(buffers))
+        reader.feed_eof()
+        return await read_batch(reader, "client")
+
     try:
-        (batch,) = read([minidist.PREFIX.pack(len(header)), header], "client")
-        assert read(pack(batch), "client") == [batch], "what arrives can be sent on"
+        batch = asyncio.run(read(minidist.PREFIX.pack(len(header)), header))
+        assert asyncio.run(read(*pack(batch))) == batch, "what has arrived can be sent on"
     except ProtocolError:
         pass
     except EOFError:
