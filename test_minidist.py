@@ -32,7 +32,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
 import traceback
 from collections import Counter, deque
 from concurrent.futures import CancelledError
@@ -88,15 +87,9 @@ SCRIPT = str(ROOT / "minidist.py")
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """One secret for all processes of a test; minds validate themselves; gates are shut."""
+    """One secret for all processes of a test; minds validate themselves."""
     monkeypatch.setenv("MINIDIST_TOKEN", "the secret of the tests")
     monkeypatch.setenv("MINIDIST_VALIDATE", "1")
-    RUNS.clear()
-    for gate in GATES:
-        gate.clear()
-    yield
-    for gate in GATES:
-        gate.set()  # No thread is left behind.
 
 
 # ---- 0. The map: what the module says of itself ----
@@ -1610,26 +1603,6 @@ def test_an_exception_arrives_with_its_causes(chain):
 
 # ---- 7-9. The API on a live cluster ----
 
-GATES = [threading.Event() for _ in range(4)]
-RUNS = []  # what ran: the workers of these tests are in this process
-
-
-def through(gate, value=None):
-    """A task that says that it has started, and ends when the test opens its gate."""
-    RUNS.append(value)
-    GATES[gate].wait(30)
-    return value
-
-
-def slow_pow(x, y):
-    return x**y
-
-
-async def until(condition):
-    while not condition():
-        await asyncio.sleep(0)
-
-
 CANNOT_UNPICKLE = """
 import _pickle, argparse, marshal, pickle, sys
 import gettext, locale, shutil  # argparse imports them late, and imports need marshal
@@ -1704,6 +1677,9 @@ def on_cluster(test):
 
 @on_cluster
 async def test_an_exception_comes_back_as_itself_with_the_frames_of_the_worker(c, a, b):
+    def slow_pow(x, y):
+        return x**y
+
     f = c.submit(slow_pow, 10, "0.5")
     assert type(await f.exception()) is TypeError
     frames = [frame for frame, _ in traceback.walk_tb(await f.traceback())]
@@ -1885,7 +1861,8 @@ async def wait_can_wait_for_the_first(client):
 async def what_is_fired_and_forgotten_at_once_runs(client):
     folder = tempfile.mkdtemp()
     fire_and_forget(client.submit(os.rmdir, folder))
-    await until(lambda: not os.path.exists(folder))
+    while os.path.exists(folder):
+        await client.who_has()
 
 
 @program("run", gives=(True, [(3, 1), (3, 1)]))
@@ -1960,56 +1937,46 @@ def test_a_killed_worker_costs_time_but_no_result(scheduler, listener):
 # time, all results are right.
 
 
-class Faulty(Worker):
-    """A worker that, when peers ask it for values, does what ``fault`` says."""
-
-    def __init__(self, address, fault):
-        super().__init__(address, nthreads=1, name="faulty")
-        self.fault, self.asked = fault, 0
-
-    async def serve(self, connection):
-        self.asked += 1
-        await self.fault(self, connection)
-
-
-async def with_a_faulty_worker(fault, test, c, scheduler):
-    """On top of a cluster: ``await test(x)`` with a future whose value only the faulty one has."""
-    async with Faulty(scheduler, fault) as worker:
-        x = c.submit(bytes, 100_000, workers="faulty", allow_other_workers=True)
-        await wait(x)
-        assert x.key in worker.data
-        await test(x)
-
-
 @on_cluster
 async def test_a_connection_that_is_cut_in_the_middle_of_a_frame_costs_no_result(c, a, b):
-    async def cut_once(worker, connection):
-        if worker.asked > 1:
-            return await Worker.serve(worker, connection)
-        await connection.receive()
-        value = ["data", "x", 1, "ok", (bytes(100_000),)]
-        connection.writer.write(b"".join(pack([value]))[:50_000])
+    class CutsOnce(Worker):
+        cut = False
 
-    async def test(x):
+        async def serve(self, connection):
+            if self.cut:
+                return await super().serve(connection)
+            self.cut = True
+            await connection.receive()
+            value = ["data", "x", 1, "ok", (bytes(100_000),)]
+            connection.writer.write(b"".join(pack([value]))[:50_000])
+
+    async with CutsOnce(a.scheduler_address, nthreads=1, name="faulty") as worker:
+        x = c.submit(bytes, 100_000, workers="faulty", allow_other_workers=True)
+        await wait(x)
+        assert x.key in worker.data and not worker.cut
         assert await c.submit(len, x, workers="a") == 100_000
-        assert await x == bytes(100_000)
-
-    await with_a_faulty_worker(cut_once, test, c, a.scheduler_address)
+        assert await x == bytes(100_000) and worker.cut
 
 
 @on_cluster
 async def test_a_worker_that_dies_while_it_serves_three_peers_costs_no_result(c, a, b):
-    async def die_when_three_have_asked(worker, connection):
-        await until(lambda: worker.asked == 3 or worker.closed)
-        if not worker.closed:
-            await worker.close()
+    class DiesWhenThreeHaveAsked(Worker):
+        asked = 0
 
-    async def test(x):
+        async def serve(self, connection):
+            self.asked += 1
+            while self.asked < 3 and not self.closed:
+                await asyncio.sleep(0)
+            if not self.closed:
+                await self.close()
+
+    async with DiesWhenThreeHaveAsked(a.scheduler_address, nthreads=1, name="faulty") as worker:
+        x = c.submit(bytes, 100_000, workers="faulty", allow_other_workers=True)
+        await wait(x)
+        assert x.key in worker.data
         lengths = [c.submit(len, x, workers=name, pure=False) for name in "ab"]
         values = [x.result(), *(future.result() for future in lengths)]
         assert await asyncio.gather(*values) == [bytes(100_000), 100_000, 100_000]
-
-    await with_a_faulty_worker(die_when_three_have_asked, test, c, a.scheduler_address)
 
 
 @on_cluster
@@ -2031,7 +1998,8 @@ async def test_what_a_client_that_vanishes_shared_with_another_is_kept(c, a, b):
         mine = c.submit(abs, -1)
         await wait(mine)
         gone._scheduler.hang_up()
-        await until(lambda: [*a.data, *b.data] == [mine.key])
+        while [*a.data, *b.data] != [mine.key]:
+            await asyncio.sleep(0)
         assert await mine == 1
 
 

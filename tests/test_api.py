@@ -20,7 +20,42 @@ import pytest
 
 import minidist
 from minidist import Client, Worker, wait
-from test_minidist import GATES, RUNS, environment, on_cluster, scheduler, slow_pow, through, until  # noqa
+from test_minidist import environment, on_cluster, scheduler  # noqa: F401
+
+# ---- What the tests of live clusters share: tasks that wait for a test, and waiting for both ----
+
+GATES = [threading.Event() for _ in range(4)]
+RUNS = []  # what ran: the workers of these tests are in this process
+
+
+@pytest.fixture(autouse=True)
+def gates():
+    """The gates are shut when a test begins, and open when it ends: no thread is left behind."""
+    RUNS.clear()
+    for gate in GATES:
+        gate.clear()
+    yield
+    for gate in GATES:
+        gate.set()
+
+
+def through(gate, value=None):
+    """A task that says that it has started, and ends when the test opens its gate."""
+    RUNS.append(value)
+    GATES[gate].wait(30)
+    return value
+
+
+def slow_pow(x, y):
+    return x**y
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0)
+
+
+# ---- The tests ----
 
 
 @on_cluster

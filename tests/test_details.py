@@ -33,6 +33,7 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_api import GATES, RUNS, gates, slow_pow, through, until  # noqa: F401
 
 import minidist
 from minidist import (
@@ -52,9 +53,7 @@ from minidist import (
     wait,
 )
 from test_minidist import (  # noqa: F401
-    GATES,
     ROOT,
-    RUNS,
     SCRIPT,
     address_of,
     anything_in_json,
@@ -66,10 +65,7 @@ from test_minidist import (  # noqa: F401
     process,
     run_on,
     scheduler,
-    slow_pow,
     some_batches,
-    through,
-    until,
 )
 
 

@@ -29,6 +29,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from test_api import GATES, RUNS, gates, through, until  # noqa: F401
 
 import minidist
 from minidist import (
@@ -43,9 +44,7 @@ from minidist import (
     wait,
 )
 from test_minidist import (  # noqa: F401
-    GATES,
     ROOT,
-    RUNS,
     SCRIPT,
     address_of,
     environment,
@@ -53,8 +52,6 @@ from test_minidist import (  # noqa: F401
     on_cluster,
     process,
     scheduler,
-    through,
-    until,
 )
 
 # ---- Helpers: tasks that travel by value, calls home, workers, nothing is left ----

@@ -17,6 +17,7 @@ import types
 import warnings
 
 import pytest
+from test_api import GATES, RUNS, gates, through  # noqa: F401
 
 from minidist import (
     REFUSAL,
@@ -29,17 +30,7 @@ from minidist import (
     progress,
     wait,
 )
-from test_minidist import (  # noqa: F401
-    GATES,
-    ROOT,
-    RUNS,
-    SCRIPT,
-    address_of,
-    environment,
-    process,
-    scheduler,
-    through,
-)
+from test_minidist import ROOT, SCRIPT, address_of, environment, process, scheduler  # noqa: F401
 
 # ---- progress ----
 
