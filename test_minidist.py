@@ -1329,8 +1329,8 @@ logs = [test_minidist.a_deep_history(seed).log for seed in range(16)]
 print(hashlib.sha256(repr(logs).encode()).hexdigest())"""
     command, options = ["-c", code], dict(cwd=tmp_path, PYTHONPATH=str(ROOT))
     with (
-        process(*command, **options, PYTHONHASHSEED="1") as p,
-        process(*command, **options, PYTHONHASHSEED="2") as q,
+        Process(*command, **options, PYTHONHASHSEED="1") as p,
+        Process(*command, **options, PYTHONHASHSEED="2") as q,
     ):
         digest, other = p.communicate()[0], q.communicate()[0]
         assert len(digest) == len(other) == 65 and (digest != other) == planted
@@ -1629,50 +1629,52 @@ except SystemError:
 """
 
 
-@contextlib.contextmanager
-def process(*arguments, cwd=ROOT, **env):
+class Process(subprocess.Popen):
     """A Python process with piped output, killed at the end if it still runs."""
-    command, env = [sys.executable, *map(str, arguments)], {**os.environ, **env}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=env) as p:
-        try:
-            yield p
-        finally:
-            p.kill()
 
+    def __init__(self, *arguments, cwd=ROOT, **env):
+        command, env = [sys.executable, *map(str, arguments)], {**os.environ, **env}
+        pipe = subprocess.PIPE
+        super().__init__(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=env)
 
-def address_of(p):
-    """The address that a scheduler's or worker's process prints as soon as it is ready."""
-    return re.search(r"tcp://\S+", p.stdout.readline())[0]
+    def __exit__(self, *error):
+        self.kill()
+        super().__exit__(*error)
+
+    @functools.cached_property
+    def address(self):
+        """What a scheduler or worker prints as soon as it is ready."""
+        return re.search(r"tcp://\S+", self.stdout.readline())[0]
 
 
 SCHEDULERS = ["in this process", "that cannot unpickle"]
 
 
-async def run_on(kind, test):
-    """Run ``await test(c, a, b)`` on a cluster with two workers, ``a`` with two threads."""
-    async with contextlib.AsyncExitStack() as stack:
-        if kind == "in this process":
-            address = (await stack.enter_async_context(minidist.Scheduler())).address
-        else:
-            address = address_of(stack.enter_context(process("-c", CANNOT_UNPICKLE)))
-        async with (
-            Worker(address, nthreads=2, name="a") as a,
-            Worker(address, nthreads=1, name="b") as b,
-            Client(address, asynchronous=True) as c,
-        ):
-            await asyncio.wait_for(test(c, a, b), 30)
-
-
 def on_cluster(test):
-    """Make a test of ``async def test(c, a, b)``, for each kind of scheduler."""
+    """Make a test of ``async def test(c, a, b)``, for each kind of scheduler.
+
+    It runs with a client and two workers, ``a`` with two threads, and has half a minute.
+    """
+
+    async def run(kind):
+        async with contextlib.AsyncExitStack() as stack:
+            if kind == "in this process":
+                address = (await stack.enter_async_context(minidist.Scheduler())).address
+            else:
+                address = stack.enter_context(Process("-c", CANNOT_UNPICKLE)).address
+            async with (
+                Worker(address, nthreads=2, name="a") as a,
+                Worker(address, nthreads=1, name="b") as b,
+                Client(address, asynchronous=True) as c,
+            ):
+                await asyncio.wait_for(test(c, a, b), 30)
 
     @pytest.mark.parametrize("kind", SCHEDULERS)
-    def run(kind):
-        asyncio.run(run_on(kind, test))
+    def test_on_cluster(kind):
+        asyncio.run(run(kind))
 
-    run.__name__ = test.__name__
-    return run
+    test_on_cluster.__name__ = test.__name__
+    return test_on_cluster
 
 
 @on_cluster
@@ -1705,7 +1707,7 @@ def test_a_random_graph_gives_what_plain_python_gives(kind, nodes):
             values.append(number + sum(values[i] for i in inputs))
         assert await c.gather(futures) == values
 
-    asyncio.run(run_on(kind, graph))
+    on_cluster(graph)(kind)
 
 
 def program(topic, *, gives=None, raises=None, **on_dask):
@@ -1877,8 +1879,8 @@ async def a_function_runs_on_every_worker(client):
 @pytest.fixture
 def scheduler():
     """A scheduler's process with its ``address``."""
-    with process(SCRIPT, "scheduler", "--port", 0) as p:
-        p.address = address_of(p)
+    with Process(SCRIPT, "scheduler", "--port", 0) as p:
+        assert p.address
         yield p
 
 
@@ -1899,7 +1901,7 @@ def call_home(port, value):
 
 
 def test_the_synchronous_client_computes_on_processes(scheduler):
-    with process(SCRIPT, "worker", scheduler.address.removeprefix("tcp://"), "--nthreads", 2):
+    with Process(SCRIPT, "worker", scheduler.address.removeprefix("tcp://"), "--nthreads", 2):
         with Client(scheduler.address) as c:
             futures = c.map(pow, range(10), [2] * 10)
             total = c.submit(sum, futures)
@@ -1916,8 +1918,8 @@ def test_the_synchronous_client_computes_on_processes(scheduler):
 def test_a_killed_worker_costs_time_but_no_result(scheduler, listener):
     port = listener.getsockname()[1]
     worker = [SCRIPT, "worker", scheduler.address, "--nthreads", 1]
-    with process(*worker) as p, process(*worker) as q, Client(scheduler.address) as c:
-        address_of(p), address_of(q)
+    with Process(*worker) as p, Process(*worker) as q, Client(scheduler.address) as c:
+        assert p.address and q.address
         early = c.map(pow, range(50), [2] * 50)
         wait(early)
         total = c.submit(sum, [c.submit(call_home, port, 1000), *early])
@@ -2004,9 +2006,9 @@ async def test_what_a_client_that_vanishes_shared_with_another_is_kept(c, a, b):
 
 
 def test_a_worker_that_is_frozen_is_dead_and_its_task_runs_elsewhere(listener):
-    with process(SCRIPT, "scheduler", "--port", 0, "--worker-ttl", 2) as s:
-        worker = [SCRIPT, "worker", address := address_of(s), "--nthreads", 1]
-        with process(*worker), process(*worker), Client(address) as c:
+    with Process(SCRIPT, "scheduler", "--port", 0, "--worker-ttl", 2) as s:
+        worker = [SCRIPT, "worker", address := s.address, "--nthreads", 1]
+        with Process(*worker), Process(*worker), Client(address) as c:
             future = c.submit(call_home, listener.getsockname()[1], "done")
             frozen, _ = listener.accept()
             os.kill(int.from_bytes(frozen.recv(8), "big"), signal.SIGSTOP)

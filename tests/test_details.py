@@ -55,15 +55,13 @@ from minidist import (
 from test_minidist import (  # noqa: F401
     ROOT,
     SCRIPT,
-    address_of,
+    Process,
     anything_in_json,
     call_home,
     environment,
     listener,
     on_cluster,
     plain,
-    process,
-    run_on,
     scheduler,
     some_batches,
 )
@@ -416,7 +414,7 @@ def test_who_uses_a_key_for_something_else_is_warned(caplog):
         said = [text.partition(" is known, perhaps with")[0] for text in caplog.messages]
         assert said == ["the key 'k'", "the key 'd'"]
 
-    asyncio.run(run_on("in this process", test))
+    on_cluster(test)("in this process")
 
 
 @on_cluster
@@ -1179,7 +1177,7 @@ async def test_a_coroutine_that_has_ended_is_not_kept(c, a, b):
 
 
 def test_a_future_of_a_known_task_looks_like_what_it_is_at_once(scheduler):
-    with process(SCRIPT, "worker", scheduler.address), Client(scheduler.address) as c:
+    with Process(SCRIPT, "worker", scheduler.address), Client(scheduler.address) as c:
         first = c.submit(abs, -1)
         wait(first)
         looks = [repr(c.submit(abs, -1)) for _ in range(20)]
@@ -1264,7 +1262,7 @@ def test_a_synchronous_client_serves_many_threads(scheduler):
     def use(n):
         return c.submit(operator.add, c.submit(abs, -n), 1).result(30)
 
-    with process(SCRIPT, "worker", scheduler.address), Client(scheduler.address) as c:
+    with Process(SCRIPT, "worker", scheduler.address), Client(scheduler.address) as c:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             assert list(pool.map(use, range(100))) == list(range(1, 101))
 
@@ -1285,7 +1283,7 @@ def test_in_a_forked_process_what_waits_for_a_cluster_raises_and_nothing_is_clos
         "    assert os.WEXITSTATUS(os.wait()[1]) == 7\n"
         "    assert d.submit(abs, -1).result() == 1\n"
     )
-    with process(script, PYTHONPATH=str(ROOT)) as p:
+    with Process(script, PYTHONPATH=str(ROOT)) as p:
         _, err = p.communicate(timeout=30)
         assert p.returncode == 0, err
 
@@ -1308,9 +1306,9 @@ def test_a_call_from_the_own_loop_of_a_synchronous_client_raises(scheduler):
 
 def test_a_name_in_use_is_refused_with_exit_code_1(scheduler):
     worker = [SCRIPT, "worker", scheduler.address, "--nthreads", 1, "--name", "alice"]
-    with process(*worker) as first:
-        address_of(first)
-        with process(*worker) as second:
+    with Process(*worker) as first:
+        assert first.address
+        with Process(*worker) as second:
             _, err = second.communicate(timeout=30)
             assert second.returncode == 1
             assert "alice" in err and len(err.splitlines()) == 1
@@ -1320,7 +1318,7 @@ def test_a_name_in_use_is_refused_with_exit_code_1(scheduler):
 
 def test_a_port_that_was_asked_for_and_is_in_use_is_an_error(scheduler):
     port = scheduler.address.rpartition(":")[2]
-    with process(SCRIPT, "scheduler", "--port", port) as second:
+    with Process(SCRIPT, "scheduler", "--port", port) as second:
         _, err = second.communicate(timeout=30)
         assert second.returncode == 1
         assert port in err and len(err.splitlines()) == 1
@@ -1331,20 +1329,20 @@ def test_a_port_that_was_asked_for_and_is_in_use_is_an_error(scheduler):
     [("--port", 70_000), ("--port", -1), ("--worker-ttl", "inf"), ("--worker-ttl", 0)],
 )
 def test_a_number_that_makes_no_sense_is_refused_in_one_line(option, value):
-    with process(SCRIPT, "scheduler", "--port", 0, option, value) as p:
+    with Process(SCRIPT, "scheduler", "--port", 0, option, value) as p:
         out, err = p.communicate(timeout=30)
         assert p.returncode == 1 and out == "" and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("option", ["--nthreads", "--nworkers"])
 def test_no_threads_or_no_workers_are_no_arguments(option):
-    with process(SCRIPT, "worker", "127.0.0.1:1", option, 0) as p:
+    with Process(SCRIPT, "worker", "127.0.0.1:1", option, 0) as p:
         out, err = p.communicate(timeout=30)
         assert p.returncode == 2 and out == "" and "must be at least 1" in err
 
 
 def test_only_a_port_in_use_makes_a_scheduler_try_the_next():
-    with process(SCRIPT, "scheduler", "--host", "192.0.2.1") as p:
+    with Process(SCRIPT, "scheduler", "--host", "192.0.2.1") as p:
         _, err = p.communicate(timeout=30)
         assert p.returncode == 1
         assert "192.0.2.1" in err and len(err.splitlines()) == 1
@@ -1354,8 +1352,8 @@ def test_the_next_port_is_taken_with_a_warning_when_the_default_one_is_in_use():
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # Somebody else may have it: as good.
             stack.enter_context(socket.create_server(("127.0.0.1", 8786)))
-        p = stack.enter_context(process(SCRIPT, "scheduler"))
-        assert int(address_of(p).rpartition(":")[2]) > 8786
+        p = stack.enter_context(Process(SCRIPT, "scheduler"))
+        assert int(p.address.rpartition(":")[2]) > 8786
         assert "8786" in p.stderr.readline()
 
 
@@ -1363,20 +1361,20 @@ def test_the_next_port_is_taken_with_a_warning_when_the_default_one_is_in_use():
 def test_a_scheduler_for_all_hosts_prints_an_address_that_others_can_reach(host):
     if host == "::" and not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
-    with process(SCRIPT, "scheduler", "--port", 0, "--host", host) as p:
-        address = address_of(p)
+    with Process(SCRIPT, "scheduler", "--port", 0, "--host", host) as p:
+        address = p.address
         assert "0.0.0.0" not in address and ":::" not in address
-        with process(SCRIPT, "worker", address), Client(address) as c:
+        with Process(SCRIPT, "worker", address), Client(address) as c:
             assert c.submit(abs, -1).result(30) == 1
 
 
 def test_a_worker_started_before_its_scheduler_keeps_trying_and_says_so_once():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    with process(SCRIPT, "worker", f"127.0.0.1:{port}") as worker:
+    with Process(SCRIPT, "worker", f"127.0.0.1:{port}") as worker:
         assert str(port) in worker.stderr.readline()
-        with process(SCRIPT, "scheduler", "--port", port):
-            address_of(worker)
+        with Process(SCRIPT, "scheduler", "--port", port):
+            assert worker.address
             worker.send_signal(signal.SIGTERM)
             assert "trying" not in worker.communicate(timeout=30)[1]
 
@@ -1384,7 +1382,7 @@ def test_a_worker_started_before_its_scheduler_keeps_trying_and_says_so_once():
 def test_a_worker_of_a_local_cluster_that_is_just_ending_says_nothing():
     with socket.create_server(("127.0.0.1", 0)) as ending:
         address = f"127.0.0.1:{ending.getsockname()[1]}"
-        with process(SCRIPT, "worker", address, "--quiet") as worker:
+        with Process(SCRIPT, "worker", address, "--quiet") as worker:
             for _ in range(2):  # It is cut off, and tries again.
                 ending.accept()[0].close()
             worker.kill()
@@ -1398,14 +1396,14 @@ def test_modules_in_the_current_directory_of_a_worker_are_importable(
     monkeypatch.syspath_prepend(tmp_path)
     import beside_the_user
 
-    with process(SCRIPT, "worker", scheduler.address, cwd=tmp_path), Client(scheduler.address) as c:
+    with Process(SCRIPT, "worker", scheduler.address, cwd=tmp_path), Client(scheduler.address) as c:
         assert c.submit(beside_the_user.double, 21).result(30) == 42
 
 
 def test_what_tasks_print_is_there_however_their_worker_ends(scheduler):
-    run = process(SCRIPT, "worker", scheduler.address, PYTHONUNBUFFERED="")
+    run = Process(SCRIPT, "worker", scheduler.address, PYTHONUNBUFFERED="")
     with run as worker, Client(scheduler.address) as c:
-        address_of(worker)
+        assert worker.address
         c.run(print, "said")
         worker.kill()
         assert worker.stdout.read() == "said\n"
@@ -1416,7 +1414,7 @@ def test_what_tasks_print_is_there_however_their_worker_ends(scheduler):
     [("scheduler", ["--host", "--port"]), ("worker", ["IP:PORT", "--nthreads", "--name"])],
 )
 def test_help_explains_every_flag(command, flags):
-    with process(SCRIPT, command, "--help") as p:
+    with Process(SCRIPT, command, "--help") as p:
         out, _ = p.communicate(timeout=30)
         assert p.returncode == 0
         for flag in flags:
@@ -1466,7 +1464,7 @@ def test_objects_of_a_class_with_slots_come_back(scheduler):
         __slots__ = "one"
 
     # A process of its own: here, the classes would be found, and not be made anew.
-    with process(SCRIPT, "worker", scheduler.address), Client(scheduler.address) as c:
+    with Process(SCRIPT, "worker", scheduler.address), Client(scheduler.address) as c:
         sent = One(2)
         sent._Named__name, sent.one = "p", sent
         back = c.submit(lambda x: x, sent).result(30)
@@ -1652,8 +1650,8 @@ def test_equal_calls_have_equal_keys_and_others_have_not(x, y):
 
 
 def test_a_lost_scheduler_ends_workers_and_futures_and_says_so(scheduler):
-    with process(SCRIPT, "worker", scheduler.address, "--nthreads", 1) as p:
-        address_of(p)
+    with Process(SCRIPT, "worker", scheduler.address, "--nthreads", 1) as p:
+        assert p.address
         with Client(scheduler.address) as c:
             here = c.submit(abs, -1)
             assert here.result(30) == 1
@@ -1669,7 +1667,7 @@ def test_a_lost_scheduler_ends_workers_and_futures_and_says_so(scheduler):
 
 
 def test_a_wrong_secret_is_refused_in_one_line_that_says_where_it_is_looked_for(scheduler):
-    with process(SCRIPT, "worker", scheduler.address, MINIDIST_TOKEN="wrong") as p:
+    with Process(SCRIPT, "worker", scheduler.address, MINIDIST_TOKEN="wrong") as p:
         _, err = p.communicate(timeout=30)
         assert p.returncode == 1
         assert "MINIDIST_TOKEN" in err and len(err.splitlines()) == 1
@@ -1684,7 +1682,7 @@ def test_a_wrong_secret_is_refused_in_one_line_that_says_where_it_is_looked_for(
 def test_a_secret_that_cannot_be_read_is_the_end_at_once_and_said_in_one_line(scheduler, tmp_path):
     (tmp_path / ".minidist").touch()  # No folder: nothing can be in it.
     for command in (["scheduler", "--port", 0], ["worker", scheduler.address]):
-        with process(SCRIPT, *command, MINIDIST_TOKEN="", HOME=str(tmp_path)) as p:
+        with Process(SCRIPT, *command, MINIDIST_TOKEN="", HOME=str(tmp_path)) as p:
             _, err = p.communicate(timeout=30)
             assert p.returncode == 1
             assert "no secret" in err and len(err.splitlines()) == 1
@@ -1724,7 +1722,7 @@ def test_who_is_second_to_make_the_secret_takes_that_of_the_first(monkeypatch, t
 def test_a_signal_ends_workers_and_schedulers_at_once_and_without_a_traceback(
     scheduler, listener, number
 ):
-    with process(SCRIPT, "worker", scheduler.address, "--nthreads", 1) as worker:
+    with Process(SCRIPT, "worker", scheduler.address, "--nthreads", 1) as worker:
         with Client(scheduler.address) as c:
             f = c.submit(call_home, listener.getsockname()[1], "never")
             home, _ = listener.accept()  # It runs now; nobody waits for it.
@@ -2098,7 +2096,7 @@ def test_an_interrupt_from_the_terminal_leaves_the_workers_of_a_local_cluster_al
         "    print(client.run(os.getpid) == before)\n"
         "client.close()\n"
     )
-    with process(script, PYTHONPATH=str(ROOT)) as p:
+    with Process(script, PYTHONPATH=str(ROOT)) as p:
         assert p.communicate(timeout=30) == ("True\n", "")
 
 
@@ -2295,8 +2293,8 @@ def test_a_stream_that_ends_within_a_batch_is_incomplete(sent_batches, cut):
 @pytest.mark.filterwarnings("ignore:a call of more than 10 MB")
 def test_a_client_sends_all_that_was_submitted_before_it_closes(scheduler, listener):
     port = listener.getsockname()[1]
-    with process(SCRIPT, "worker", scheduler.address, "--nthreads", 1, PYTHONPATH=str(ROOT)) as w:
-        address_of(w)
+    with Process(SCRIPT, "worker", scheduler.address, "--nthreads", 1, PYTHONPATH=str(ROOT)) as w:
+        assert w.address
         with Client(scheduler.address) as c:
             minidist.fire_and_forget(c.submit(call_home, port, bytes(40_000_000)))
         home, _ = listener.accept()

@@ -30,7 +30,7 @@ import pytest
 
 import minidist
 from minidist import Client, Scheduler
-from test_minidist import ROOT, SCRIPT, address_of, environment, process  # noqa: F401
+from test_minidist import ROOT, SCRIPT, Process, environment  # noqa: F401
 
 FAILURES = []
 
@@ -57,8 +57,8 @@ def local(**options):
 def a_scheduler(*code):
     """A scheduler's process, which may run some code first: (itself, its address)."""
     code = "; ".join(["import sys, minidist", *code, "minidist.main(['scheduler', '--port', '0'])"])
-    with process("-c", code) as p:
-        yield p, address_of(p)
+    with Process("-c", code) as p:
+        yield p, p.address
 
 
 @contextlib.contextmanager
@@ -109,7 +109,7 @@ def another_program_is_at_the_port():
 
 @failure
 def an_http_server_is_at_the_port():
-    server = process("-u", "-m", "http.server", "0", "--bind", "127.0.0.1")
+    server = Process("-u", "-m", "http.server", "0", "--bind", "127.0.0.1")
     # (It answers what has an end of line: of our random bytes, one may be that.)
     with server as p, unittest.mock.patch.object(os, "urandom", bytes):
         port = re.search(r"port (\d+)", p.stdout.readline())[1]
@@ -147,7 +147,7 @@ def with_a_token_file(text, mode):
         path.parent.mkdir()
         path.write_text(text)
         path.chmod(mode)
-        with process(SCRIPT, "scheduler", "--port", "0") as p:
+        with Process(SCRIPT, "scheduler", "--port", "0") as p:
             return raised(local), said_of(p)
 
 
@@ -176,13 +176,13 @@ def the_pythons_differ():
 def a_worker_waits_for_its_scheduler():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with process(SCRIPT, "worker", f"127.0.0.1:{port}") as p:
+    with Process(SCRIPT, "worker", f"127.0.0.1:{port}") as p:
         return p.stderr.readline().rstrip().partition("WARNING ")[2]
 
 
 @failure
 def two_workers_have_one_name():
-    with local() as c, process(SCRIPT, "worker", c.cluster.address, "--name", "0") as p:
+    with local() as c, Process(SCRIPT, "worker", c.cluster.address, "--name", "0") as p:
         return said_of(p)
 
 
@@ -190,7 +190,7 @@ def two_workers_have_one_name():
 def a_port_is_asked_for_that_is_in_use():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with process(SCRIPT, "scheduler", "--port", port) as p:
+        with Process(SCRIPT, "scheduler", "--port", port) as p:
             return said_of(p)
 
 
@@ -483,8 +483,8 @@ def the_scheduler_is_killed_while_a_future_is_pending():
 
 @failure
 def a_workers_scheduler_is_killed():
-    with a_scheduler() as (s, address), process(SCRIPT, "worker", address) as p:
-        address_of(p)
+    with a_scheduler() as (s, address), Process(SCRIPT, "worker", address) as p:
+        assert p.address
         s.kill()
         return said_of(p)
 

@@ -43,16 +43,7 @@ from minidist import (
     get_worker,
     wait,
 )
-from test_minidist import (  # noqa: F401
-    ROOT,
-    SCRIPT,
-    address_of,
-    environment,
-    listener,
-    on_cluster,
-    process,
-    scheduler,
-)
+from test_minidist import ROOT, SCRIPT, Process, environment, listener, on_cluster, scheduler  # noqa: F401
 
 # ---- Helpers: tasks that travel by value, calls home, workers, nothing is left ----
 
@@ -118,8 +109,8 @@ def workers(address, *names):
         some = []
         for name in names:
             command = [SCRIPT, "worker", address, "--nthreads", 1, "--name", name]
-            some.append(stack.enter_context(process(*command)))
-            some[-1].address = address_of(some[-1])
+            some.append(stack.enter_context(Process(*command)))
+            assert some[-1].address
         yield some
 
 
@@ -255,8 +246,8 @@ def test_a_worker_that_is_asked_to_end_leaves_its_task_to_another(scheduler, lis
 @contextlib.contextmanager
 def silenced(listener):
     """A cluster where a worker is stopped in the middle of a task: (worker, other, future)."""
-    with process(SCRIPT, "scheduler", "--port", 0, "--worker-ttl", 1) as s:
-        address = address_of(s)
+    with Process(SCRIPT, "scheduler", "--port", 0, "--worker-ttl", 1) as s:
+        address = s.address
         with workers(address, "a", "b") as (a, b), Client(address) as c:
             future = c.submit(call_home, port_of(listener), "done")
             with caller(listener) as (_, pid):
@@ -404,7 +395,7 @@ def test_what_only_a_vanished_client_wanted_is_freed(tmp_path):
             Worker(s.address, nthreads=1) as a,
             Client(s.address, asynchronous=True) as c,
         ):
-            with process(script, s.address, PYTHONPATH=str(ROOT)) as p:
+            with Process(script, s.address, PYTHONPATH=str(ROOT)) as p:
                 assert await asyncio.to_thread(p.stdout.readline) == "ready\n"
                 both = c.submit(abs, -2)
                 assert await both == 2
@@ -422,7 +413,7 @@ def test_what_only_a_vanished_client_wanted_is_freed(tmp_path):
 @contextlib.contextmanager
 def two_by_one_command(address):
     """A process that starts workers x-0 and x-1."""
-    with process(SCRIPT, "worker", address, "--nworkers", 2, "--name", "x") as parent:
+    with Process(SCRIPT, "worker", address, "--nworkers", 2, "--name", "x") as parent:
         said = ""
         while (
             said.count("tcp://") < 2
@@ -452,7 +443,7 @@ def test_workers_have_one_hash_of_strings_and_their_users_collector_and_logging(
 
 
 def test_several_workers_by_one_command_are_called_by_their_addresses_unless_named(scheduler):
-    with process(SCRIPT, "worker", scheduler.address, "--nworkers", 2):
+    with Process(SCRIPT, "worker", scheduler.address, "--nworkers", 2):
         with Client(scheduler.address) as c:
             c.wait_for_workers(2, timeout=30)
             facts = c.scheduler_info()["workers"]
@@ -467,7 +458,7 @@ def test_tasks_find_the_arguments_and_flags_of_their_script(tmp_path):
         "print(*minidist.Client(n_workers=1).submit(look).result())\n"
     )
     script = ["-OO", "-W", "ignore", tmp_path / "script.py", "one", "two words"]
-    with process(*script, PYTHONPATH=str(ROOT)) as p:
+    with Process(*script, PYTHONPATH=str(ROOT)) as p:
         assert p.communicate(timeout=30) == ("['one', 'two words'] 2 ['ignore']\n", "")
 
 
@@ -520,8 +511,8 @@ def test_a_second_signal_at_the_very_end_of_a_process_changes_nothing(tmp_path):
         "loop._close_self_pipe = close_and_get_a_signal\n"
         "sys.exit(minidist.main(['scheduler', '--port', '0']))\n"
     )
-    with process(script, PYTHONPATH=str(ROOT)) as p:
-        address_of(p)
+    with Process(script, PYTHONPATH=str(ROOT)) as p:
+        assert p.address
         p.send_signal(signal.SIGINT)
         assert end_of(p) == (0, "")
 
@@ -587,7 +578,7 @@ def test_the_workers_of_a_local_cluster_end_when_the_process_that_made_them_is_k
         "home.recv(1)\n"
         "os._exit(0)\n"
     )
-    with process(script, port_of(listener), PYTHONPATH=str(ROOT)) as p:
+    with Process(script, port_of(listener), PYTHONPATH=str(ROOT)) as p:
         with caller(listener) as (one, _), caller(listener) as (another, _), caller(listener):
             p.kill()
             assert one.recv(1) == another.recv(1) == b""
@@ -620,7 +611,7 @@ minidist.Client(n_workers=1).submit(subprocess.run, call).result()
 def test_what_a_task_has_started_ends_with_the_script(listener, tmp_path, number):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT_THAT_CALLS_HOME)
-    with process(script, port_of(listener), PYTHONPATH=str(ROOT)) as p:
+    with Process(script, port_of(listener), PYTHONPATH=str(ROOT)) as p:
         with caller(listener) as (line, _):
             p.send_signal(number)
             assert line.recv(1) == b""
@@ -686,7 +677,7 @@ def test_a_script_needs_no_main_guard_and_its_tasks_can_import_what_is_beside_it
         "print(client.gather(client.map(beside.double, [1, 2])), end=' ')\n"
         "print(client.submit(through_main, 3).result())\n"
     )
-    with process(folder / "script.py", cwd=elsewhere, PYTHONPATH=str(ROOT)) as p:
+    with Process(folder / "script.py", cwd=elsewhere, PYTHONPATH=str(ROOT)) as p:
         out, err = p.communicate(timeout=30)
         assert (out, err, p.returncode) == ("begins\n[2, 4] 6\n", "", 0)
 
@@ -700,7 +691,7 @@ def test_what_tasks_print_or_leave_for_their_end_is_there_when_the_script_has_en
         "client = minidist.Client(n_workers=2)\n"
         "client.gather(client.map(note, range(500)))\n"
     )
-    with process(tmp_path / "script.py", PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="") as p:
+    with Process(tmp_path / "script.py", PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="") as p:
         out, err = p.communicate(timeout=30)
         assert (err, p.returncode) == ("", 0)
     said = [f"{what} {i}" for what in ("line", "end") for i in range(500)]
@@ -716,7 +707,7 @@ def test_a_task_may_have_a_cluster_of_its_own_of_which_nothing_is_said(tmp_path)
         "with Client(n_workers=1) as client:\n"
         "    print(client.submit(inner).result())\n"
     )
-    with process(tmp_path / "script.py", PYTHONPATH=str(ROOT)) as p:
+    with Process(tmp_path / "script.py", PYTHONPATH=str(ROOT)) as p:
         assert p.communicate(timeout=60) == ("1\n", "")
 
 
@@ -740,7 +731,7 @@ def test_what_a_script_has_wrapped_or_spawned_goes_by_value_too(tmp_path):
         "        with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:\n"
         "            print(submit_two(address), pool.submit(submit_two, address).result())\n"
     )
-    with process(tmp_path / "script.py", PYTHONPATH=str(ROOT)) as p:
+    with Process(tmp_path / "script.py", PYTHONPATH=str(ROOT)) as p:
         assert p.communicate(timeout=60) == ("(21, 34) (21, 34)\n", "")
 
 
@@ -755,7 +746,7 @@ def test_a_script_that_ends_without_closing_its_client_has_sent_all(scheduler, l
         "minidist.fire_and_forget(client.submit(call_home, int(sys.argv[2]), numbers))\n"
     )
     command = [script, scheduler.address, port_of(listener)]
-    with workers(scheduler.address, "a"), process(*command, PYTHONPATH=str(ROOT)) as p:
+    with workers(scheduler.address, "a"), Process(*command, PYTHONPATH=str(ROOT)) as p:
         assert end_of(p) == (0, "")
         with caller(listener):
             pass

@@ -30,7 +30,7 @@ from minidist import (
     progress,
     wait,
 )
-from test_minidist import ROOT, SCRIPT, address_of, environment, process, scheduler  # noqa: F401
+from test_minidist import ROOT, SCRIPT, Process, environment, scheduler  # noqa: F401
 
 # ---- progress ----
 
@@ -96,7 +96,7 @@ def test_a_terminal_gets_a_bar_for_each_function_and_all_are_full_when_progress_
 
 
 def test_where_standard_error_is_no_terminal_progress_waits_and_draws_nothing():
-    with process("-c", BARS) as p:
+    with Process("-c", BARS) as p:
         out, err = p.communicate(timeout=60)
     assert (out, err) == ("['finished', 'finished', 'finished', 'finished']\n", "")
 
@@ -298,14 +298,14 @@ def line_of(p):
 
 
 def a_worker(address, name, **env):
-    return process(SCRIPT, "worker", address, "--nthreads", 1, "--name", name, **env)
+    return Process(SCRIPT, "worker", address, "--nthreads", 1, "--name", name, **env)
 
 
 def test_a_scheduler_logs_which_workers_come_and_go_and_why():
-    with process(SCRIPT, "scheduler", "--port", 0, "--worker-ttl", 1) as s:
-        address = address_of(s)
+    with Process(SCRIPT, "scheduler", "--port", 0, "--worker-ttl", 1) as s:
+        address = s.address
         with a_worker(address, "a") as a, a_worker(address, "b") as b:
-            address_of(a), address_of(b)
+            assert a.address and b.address
             joined = {line_of(s), line_of(s)}
             assert joined == {f"INFO Worker ADDRESS ({n}) joined, threads: 1" for n in "ab"}
             a.kill()
@@ -316,7 +316,7 @@ def test_a_scheduler_logs_which_workers_come_and_go_and_why():
             assert line_of(s) == "INFO Worker ADDRESS (b) left: silent for more than 1 s"
         with a_worker(address, "c") as c:
             assert line_of(s) == "INFO Worker ADDRESS (c) joined, threads: 1"
-            address_of(c)
+            assert c.address
             c.send_signal(signal.SIGTERM)
             assert line_of(s) == "INFO Worker ADDRESS (c) left: it said good-bye"
         s.send_signal(signal.SIGTERM)
@@ -327,7 +327,7 @@ def test_a_scheduler_logs_one_line_for_each_worker_that_it_refuses(scheduler):
     name_in_use = "a worker named 'a' is there already: choose another name, or try again soon"
     name_in_use += " if it has died"
     with a_worker(scheduler.address, "a") as a:
-        address_of(a)
+        assert a.address
         assert line_of(scheduler) == "INFO Worker ADDRESS (a) joined, threads: 1"
         with a_worker(scheduler.address, "a") as second:
             _, err = second.communicate(timeout=30)
@@ -342,7 +342,7 @@ def test_a_scheduler_logs_one_line_for_each_worker_that_it_refuses(scheduler):
 
 def test_a_scheduler_logs_clients_and_nothing_of_errors_in_their_tasks(scheduler):
     with a_worker(scheduler.address, "a") as a:
-        address_of(a)
+        assert a.address
         line_of(scheduler)
         with Client(scheduler.address, name="alice") as c:
             assert line_of(scheduler) == "INFO Client alice-NUMBER joined"
@@ -363,10 +363,10 @@ def test_a_scheduler_logs_clients_and_nothing_of_errors_in_their_tasks(scheduler
 
 
 def test_the_log_level_chooses_what_is_logged():
-    with process(SCRIPT, "scheduler", "--port", 0, "--log-level", "warning") as s:
-        address = address_of(s)
+    with Process(SCRIPT, "scheduler", "--port", 0, "--log-level", "warning") as s:
+        address = s.address
         with a_worker(address, "a") as a, a_worker(address, "b", MINIDIST_TOKEN="another") as b:
-            address_of(a)
+            assert a.address
             assert b.wait(30) == 1
         assert line_of(s) == f"WARNING Refused ADDRESS: a worker with a {REFUSAL}"
         s.send_signal(signal.SIGTERM)

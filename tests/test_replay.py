@@ -14,7 +14,7 @@ from test_faults import call_home, caller, port_of, workers
 
 import minidist
 from minidist import LIMITS, OPS, CancelledError, Client, Worker, replay
-from test_minidist import SCRIPT, address_of, process
+from test_minidist import SCRIPT, Process
 
 LARGE = 1_000_000
 
@@ -26,8 +26,8 @@ def recording(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listener:
         patch.setenv("MINIDIST_TOKEN", "the secret of the tests")
         listener.settimeout(30)
-        with process(SCRIPT, "scheduler", "--port", 0, "--record", path) as scheduler:
-            eventful_run(address_of(scheduler), listener)
+        with Process(SCRIPT, "scheduler", "--port", 0, "--record", path) as scheduler:
+            eventful_run(scheduler.address, listener)
             scheduler.terminate()
             scheduler.wait(30)
     return path
@@ -313,8 +313,8 @@ def test_a_disk_that_is_full_ends_the_recording_and_nothing_else(caplog):
 def test_every_scheduler_of_the_tests_records(recordings):
     """``conftest.py`` replays what is in that folder."""
     before = {*recordings.iterdir()}
-    with process(SCRIPT, "scheduler", "--port", 0) as p:
-        address_of(p)
+    with Process(SCRIPT, "scheduler", "--port", 0) as p:
+        assert p.address
         p.terminate()
         p.wait(30)
         (mine,) = {*recordings.iterdir()} - before
