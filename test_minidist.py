@@ -1885,19 +1885,22 @@ def scheduler():
 
 
 @pytest.fixture
-def listener():
-    """A socket for tasks to call: then the test knows which worker runs them."""
+def home():
+    """A socket, and a task that calls there: then the test knows which worker runs it.
+
+    The task tells its pid, and waits to be hung up on.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(30)
-        yield listener
+        address = listener.getsockname()
 
+        def call_home(value):
+            with socket.create_connection(address) as line:
+                line.sendall(os.getpid().to_bytes(8, "big"))
+                line.recv(1)
+            return value
 
-def call_home(port, value):
-    """A task in another process that tells its pid to the test, and waits to be hung up on."""
-    with socket.create_connection(("127.0.0.1", port)) as home:
-        home.sendall(os.getpid().to_bytes(8, "big"))
-        home.recv(1)
-    return value
+        yield listener, call_home
 
 
 def test_the_synchronous_client_computes_on_processes(scheduler):
@@ -1915,14 +1918,14 @@ def test_the_synchronous_client_computes_on_processes(scheduler):
             c.submit(abs, 1)
 
 
-def test_a_killed_worker_costs_time_but_no_result(scheduler, listener):
-    port = listener.getsockname()[1]
+def test_a_killed_worker_costs_time_but_no_result(scheduler, home):
+    listener, call_home = home
     worker = [SCRIPT, "worker", scheduler.address, "--nthreads", 1]
     with Process(*worker) as p, Process(*worker) as q, Client(scheduler.address) as c:
         assert p.address and q.address
         early = c.map(pow, range(50), [2] * 50)
         wait(early)
-        total = c.submit(sum, [c.submit(call_home, port, 1000), *early])
+        total = c.submit(sum, [c.submit(call_home, 1000), *early])
         running, _ = listener.accept()
         pid = int.from_bytes(running.recv(8), "big")
         os.kill(pid, signal.SIGKILL)
@@ -2005,11 +2008,12 @@ async def test_what_a_client_that_vanishes_shared_with_another_is_kept(c, a, b):
         assert await mine == 1
 
 
-def test_a_worker_that_is_frozen_is_dead_and_its_task_runs_elsewhere(listener):
+def test_a_worker_that_is_frozen_is_dead_and_its_task_runs_elsewhere(home):
+    listener, call_home = home
     with Process(SCRIPT, "scheduler", "--port", 0, "--worker-ttl", 2) as s:
         worker = [SCRIPT, "worker", address := s.address, "--nthreads", 1]
         with Process(*worker), Process(*worker), Client(address) as c:
-            future = c.submit(call_home, listener.getsockname()[1], "done")
+            future = c.submit(call_home, "done")
             frozen, _ = listener.accept()
             os.kill(int.from_bytes(frozen.recv(8), "big"), signal.SIGSTOP)
             again, _ = listener.accept()

@@ -34,6 +34,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_api import GATES, RUNS, gates, slow_pow, through, until  # noqa: F401
+from test_faults import call_home, listener  # noqa: F401
 
 import minidist
 from minidist import (
@@ -57,9 +58,7 @@ from test_minidist import (  # noqa: F401
     SCRIPT,
     Process,
     anything_in_json,
-    call_home,
     environment,
-    listener,
     on_cluster,
     plain,
     scheduler,

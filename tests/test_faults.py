@@ -43,7 +43,7 @@ from minidist import (
     get_worker,
     wait,
 )
-from test_minidist import ROOT, SCRIPT, Process, environment, listener, on_cluster, scheduler  # noqa: F401
+from test_minidist import ROOT, SCRIPT, Process, environment, on_cluster, scheduler  # noqa: F401
 
 # ---- Helpers: tasks that travel by value, calls home, workers, nothing is left ----
 
@@ -87,6 +87,14 @@ def run_beside(port, path, value):
     while any(attempt.name == "_exit" for attempt in [*get_worker().state.attempts.values()]):
         time.sleep(0.001)
     return value
+
+
+@pytest.fixture
+def listener():
+    """A socket for tasks to call: then the test knows which worker runs them."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(30)
+        yield listener
 
 
 @contextlib.contextmanager
