@@ -1394,7 +1394,10 @@ ROWS = [row.split(" | ") for row in PLANTED.strip().splitlines() if row[0] != "#
 
 @pytest.fixture
 def plant(monkeypatch):
-    """Replaces a line, which must stand once in the method's source; until the test ends."""
+    """Bugs are planted until the test ends: ``plant`` replaces a line of a method.
+
+    The line must stand once in its source.
+    """
 
     def plant(method, line, planted):
         source = textwrap.dedent(inspect.getsource(method))
@@ -1480,9 +1483,7 @@ keys = st.text() | st.recursive(
     max_leaves=5,
 )
 few = functools.partial(st.lists, max_size=3)
-
-
-of_the_kind_of = {  # {a field: values of its kind}; others are of the same kinds
+of_the_kind_of = {  # One field of each kind, and the values that it may have.
     "key": keys,
     "want": st.integers(),
     "priority": st.floats(allow_nan=False),
@@ -1496,7 +1497,7 @@ of_the_kind_of = {  # {a field: values of its kind}; others are of the same kind
     "names": few(st.tuples(keys, st.integers())),
     "places": few(st.tuples(keys, st.integers(), few(st.text()))),
 }
-values = {
+values = {  # {field: the values that it may have}
     field: some
     for field, kind in minidist.FIELDS.items()
     for one, some in of_the_kind_of.items()
@@ -1562,12 +1563,13 @@ def test_garbage_is_a_protocol_error_and_nothing_else(header):
 
     try:
         batch = asyncio.run(read(minidist.PREFIX.pack(len(header)), header))
-        assert asyncio.run(read(*pack(batch))) == batch, "what has arrived can be sent on"
     except ProtocolError:
         pass
     except EOFError:
         _, sizes = json.loads(header)
         assert sum(sizes) > 0, "only if it names frames, which do not come"
+    else:
+        assert asyncio.run(read(*pack(batch))) == batch, "what has arrived can be sent on"
 
 
 # ---- 6. Serialization ----
