@@ -10,6 +10,7 @@ import tokenize
 from pathlib import Path
 
 import minidist
+import test_minidist
 
 LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 ROOT = Path(minidist.__file__).parent
@@ -54,6 +55,19 @@ def test_there_is_a_line_of_reasons_for_every_second_line_of_code():
 def test_the_textbook_has_the_size_of_a_textbook():
     code, _, _ = count(ROOT / "test_minidist.py")
     assert code <= 1500
+
+
+def test_the_textbook_has_six_helpers_beside_what_it_is_about():
+    """That are its tests and their fixtures, programs, the simulated cluster and its properties."""
+    subject = {"Cluster", "AnyHistory", "oracle", "agreement", "liveness", "no_needless_run"}
+    subject |= {"quiescence", *(promise.__name__ for promise in test_minidist.ALWAYS)}
+    helpers = []
+    for node in ast.parse((ROOT / "test_minidist.py").read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            marks = " ".join(map(ast.unparse, node.decorator_list))
+            if not (node.name.startswith("test_") or "fixture" in marks or "program(" in marks):
+                helpers.append(node.name)
+    assert subject < {*helpers} and len({*helpers} - subject) <= 6
 
 
 def test_what_counts_as_code_does_so_and_nothing_else(tmp_path):
