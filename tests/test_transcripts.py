@@ -257,6 +257,45 @@ def test_long_tasks_are_not_hoarded():
     assert len(s.computing()) == 3
 
 
+def test_what_nobody_needs_any_more_is_no_suspect():
+    s = Scheduler("w")
+    s.submit("x")
+    s.submit("y", "x")
+    s.finish("x")
+    s.finish("y")
+    s.release("x")
+    s.submit("busy")
+    s.stimulus_register_worker("v", "v", 1, [], [])
+    s.submit("x", want=2)
+    s.stimulus_worker_left("v")
+    assert s.tasks["x"].suspect
+    s.release("x", want=2)
+    assert s.states() == {"x": "released", "y": "memory", "busy": "processing"}
+    assert not s.tasks["x"].suspect
+
+
+def test_a_retry_goes_through_each_input_once():
+    class Counted(dict):
+        looked_at = 0
+
+        def __iter__(self):
+            Counted.looked_at += 1
+            return super().__iter__()
+
+    s = Scheduler("w")
+    s.submit("x0")
+    s.submit("y0")
+    for n in range(1, 9):  # Each needs both before it: there are hundreds of ways to the first.
+        s.submit(f"x{n}", f"x{n - 1}", f"y{n - 1}")
+        s.submit(f"y{n}", f"x{n - 1}", f"y{n - 1}")
+    for key in ("x0", "y0"):
+        s.stimulus_task_erred("w", s.tasks[key].attempt, (b"error",))
+    for ts in s.tasks.values():
+        ts.dependencies = Counted(ts.dependencies)
+    s.stimulus_retry("c", "x8", 2)
+    assert 17 <= Counted.looked_at <= 4 * len(s.tasks)
+
+
 def test_a_second_worker_of_one_name_is_refused():
     s = Scheduler("w")
     s.stimulus_register_worker("v", "name of w", 1, [], [])
