@@ -28,12 +28,12 @@ def pytest_configure():
 def pytest_collection_modifyitems(items):
     """Mark as ``pure`` what drives the minds by hand or by chance, without any body.
 
-    That is the textbook up to its chapter 5, as in the source, and two files of transcripts.
+    That is the textbook up to its chapter 5, as in the source, and three files of other tests.
     """
     for item in items:
         path, line, _ = item.reportinfo()
         text = Path(path).read_text()
-        if path.name in ("test_minds.py", "test_transcripts.py") or (
+        if path.name in ("test_minds.py", "test_transcripts.py", "test_placement.py") or (
             path.name == "test_minidist.py"
             and line < text[: text.index("\n# ---- 5. ")].count("\n")
         ):

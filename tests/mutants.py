@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["tests/test_minds.py", "tests/test_transcripts.py", "test_minidist.py"]
+TESTS = [f"tests/test_{name}.py" for name in ("minds", "transcripts", "placement")]
+TESTS += ["test_minidist.py"]
 FILES = ["minidist.py", "conftest.py", "pyproject.toml", *TESTS]
 PURE = ["-x", "-m", "pure", "-k", "not planted", "--tb=no", "--hypothesis-profile=unshrunk"]
 COMMAND = [sys.executable, "-m", "pytest", *PURE, *TESTS]
