@@ -2970,8 +2970,8 @@ class Pickler(cloudpickle.Pickler):
             if isinstance(obj, MEMOIZED):
                 return memoized, (obj.__wrapped__, obj.cache_parameters())
             return typing.NewType, (obj.__name__, obj.__supertype__), vars(obj)
-        builtin = isinstance(type(obj).__reduce__, types.MethodDescriptorType)
-        if builtin and isinstance(obj, BaseException):
+        owner = getattr(type(obj).__reduce__, "__objclass__", Pickler)  # (if that is compiled)
+        if owner.__module__ == "builtins" and isinstance(obj, BaseException):
             return make_exception, (*obj.__reduce__(), object.__getstate__(obj))
         reduced = super().reducer_override(obj)
         if isinstance(reduced, tuple) and vars(obj).get("__slots__"):

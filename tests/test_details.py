@@ -255,7 +255,34 @@ class Stateful(Exception):
         self.__dict__.update(state)
 
 
-@pytest.mark.parametrize("error", [Group([ValueError("one")], 3), Stateful("the text")])
+class Method:
+    """A method as a class has it that a library has compiled (pydantic's ValidationError)."""
+
+    __class__ = types.MethodDescriptorType
+
+    def __init__(self, function):
+        self.function = function
+
+    def __set_name__(self, owner, name):
+        self.__objclass__ = owner
+
+    def __get__(self, error, kind):
+        return self if error is None else functools.partial(self.function, error)
+
+
+class Compiled(Exception):
+    @Method
+    def __reduce__(self):
+        return Compiled.again, self.args
+
+    @classmethod
+    def again(cls, text):
+        return cls(text)
+
+
+@pytest.mark.parametrize(
+    "error", [Group([ValueError("one")], 3), Stateful("the text"), Compiled("the text")]
+)
 def test_an_exception_comes_back_as_it_was_though_its_class_makes_it_in_its_own_way(error):
     got = unpack_exception(pack_exception(error))
     assert (type(got), str(got), vars(got)) == (type(error), str(error), vars(error))
