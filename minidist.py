@@ -2958,18 +2958,21 @@ class Pickler(cloudpickle.Pickler):
         """(function, arguments) that make ``obj`` again, and its state; or what cloudpickle says.
 
         It would send code without the name of its file, so that a traceback could not show the
-        lines; classes without their slots; of what a script has cached no more than its name; and
-        an exception whose ``__init__`` takes other arguments than it gives to ``Exception`` could
-        not be unpickled.  (tblib helps it likewise.)
+        lines; classes without their slots; no more than the names of what a script has cached, and
+        of some of its types; and an exception whose ``__init__`` takes other arguments than it
+        gives to ``Exception`` could not be unpickled.  (tblib helps it likewise.)
         """
         if isinstance(obj, types.CodeType):
             make, args = self.dispatch_table[types.CodeType](obj)
             # (To compare each with the name would fail under ``python -bb``: some are bytes.)
             return make, tuple({"<dynamic-code>": obj.co_filename}.get(a, a) for a in args)
-        if isinstance(obj, (MEMOIZED, typing.NewType)) and obj.__module__.endswith("_main__"):
+        if isinstance(obj, BY_NAME) and obj.__module__.endswith("_main__"):
             if isinstance(obj, MEMOIZED):
                 return memoized, (obj.__wrapped__, obj.cache_parameters())
-            return typing.NewType, (obj.__name__, obj.__supertype__), vars(obj)
+            if isinstance(obj, ALIAS):
+                return typing.cast, (None, obj.__value__)  # (It returns the second.)
+            more = [obj.__supertype__] if isinstance(obj, typing.NewType) else []
+            return type(obj), (obj.__name__, *more), (None, {"__module__": obj.__module__})
         owner = getattr(type(obj).__reduce__, "__objclass__", Pickler)  # (if that is compiled)
         if owner.__module__ == "builtins" and isinstance(obj, BaseException):
             return make_exception, (*obj.__reduce__(), object.__getstate__(obj))
@@ -2988,6 +2991,8 @@ def memoized(func, parameters):
 
 
 MEMOIZED = type(memoized(len, {}))
+ALIAS = getattr(typing, "TypeAliasType", ())  # what ``type X = ...`` makes, since Python 3.12
+BY_NAME = (MEMOIZED, ALIAS, typing.NewType, typing.ParamSpec, typing.TypeVarTuple)
 
 
 def make_exception(kind, args, *states):

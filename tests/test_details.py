@@ -1467,12 +1467,14 @@ async def test_a_function_may_have_a_future_and_large_data(c, a, b):
     assert await y == 300_003
 
 
-def test_a_new_type_of_a_script_can_travel_on_from_where_it_came():
-    number = typing.NewType("Number", int)
-    number.__module__ = "__main__"
+@pytest.mark.parametrize("kind", [typing.NewType, typing.ParamSpec, typing.TypeVarTuple])
+def test_a_type_of_a_script_can_travel_on_from_where_it_came(kind):
+    one = kind("Number", int) if kind is typing.NewType else kind("Number")
+    one.__module__ = "__main__"
     for _ in range(2):
-        number = loads(dumps(number))
-        assert (number.__module__, number(3)) == ("__main__", 3)
+        one = loads(dumps(one))
+        assert (type(one), one.__module__, one.__name__) == (kind, "__main__", "Number")
+    assert getattr(one, "__supertype__", int) is int
 
 
 def test_objects_of_a_class_with_slots_come_back(scheduler):
