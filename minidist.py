@@ -5484,7 +5484,7 @@ class LocalCluster(Threaded):
     its scheduler's, ``scheduler`` the scheduler itself, whose ``state`` can be looked at.  It has
     started when this returns, and ``with`` closes it; if ``asynchronous``, ``async with`` starts
     and closes it.  Raises OSError if the port is taken, TimeoutError if its workers do not start,
-    TypeError or ValueError for a bad option.
+    TypeError or ValueError for a bad option, RuntimeError in a task of a cluster in a task.
 
     With ``processes=False`` all is in one process: for a look at everything in a debugger, or for
     tasks that spend their time in compiled code or waiting.  (Results are pickled all the same.)
@@ -5505,6 +5505,9 @@ class LocalCluster(Threaded):
         self.threads_per_worker = threads or max(1, cores // max(n_workers, 1))
         if unknown := options.keys() - inspect.signature(Scheduler).parameters.keys():
             raise TypeError(f"a local cluster does not know the option {min(unknown)}=")
+        if processes and DEPTH > 1:  # Else each would start the next, without end.
+            text = "a cluster in a task, in a task: does a module that tasks import start one?"
+            raise RuntimeError(f"{text} Do so under: if __name__ == '__main__'")
         # Be patient: that a process of ours has ended is seen at once, and a call that keeps the
         # interpreter's lock makes a worker silent, too.
         self.scheduler = Scheduler(**{"worker_ttl": 300, **options})
@@ -5568,6 +5571,7 @@ class LocalCluster(Threaded):
 # algebra do not start as many threads in each worker as there are cores.  (dask's nanny does so.)
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 ENVIRONMENT |= {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
+DEPTH = int(os.environ.get("MINIDIST_DEPTH", 0))  # 1 in a worker process, 2 in a worker's worker
 
 
 @contextlib.asynccontextmanager
@@ -5587,7 +5591,7 @@ async def worker_process(*arguments, ended_by):
     command += ["worker", *map(str, arguments), "--until-stdin-ends"]
     # In a session of its own: Ctrl-C in the terminal is for us, and may only interrupt a wait.
     options = {"stdin": subprocess.PIPE, "start_new_session": True}
-    options["env"] = {**ENVIRONMENT, **os.environ}
+    options["env"] = {**ENVIRONMENT, **os.environ, "MINIDIST_DEPTH": str(DEPTH + 1)}
     process = await asyncio.create_subprocess_exec(*command, **options)
     try:
         yield process

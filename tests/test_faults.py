@@ -719,6 +719,20 @@ def test_a_task_may_have_a_cluster_of_its_own_of_which_nothing_is_said(tmp_path)
         assert p.communicate(timeout=60) == ("1\n", "")
 
 
+def test_a_script_that_is_imported_does_not_start_clusters_without_end(tmp_path):
+    """Its functions travel by name: so each worker imports it, and has a cluster for that."""
+    (tmp_path / "script.py").write_text(
+        "import minidist\n"
+        "def inc(x):\n"
+        "    return x + 1\n"
+        "minidist.Client(n_workers=1).submit(inc, 1).result()\n"
+    )
+    (tmp_path / "other.py").write_text("import script\n")
+    with Process(tmp_path / "other.py", PYTHONPATH=str(ROOT)) as p:
+        _, err = p.communicate(timeout=60)
+    assert re.search(r"\nRuntimeError: .*Do so under: if __name__ == '__main__'", err)
+
+
 def test_what_a_script_has_wrapped_or_spawned_goes_by_value_too(tmp_path):
     """Names of its main module mean nothing, or something else, where its tasks run."""
     (tmp_path / "script.py").write_text(
