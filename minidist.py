@@ -5551,14 +5551,17 @@ class LocalCluster(Threaded):
                 await asyncio.sleep(1)  # It did not even start: be patient with the next.
 
     async def _close(self):
-        """Workers that do not end by themselves, since a task holds up their loop, are killed."""
+        """Workers that do not end by themselves, since a task holds up their loop, are killed.
+
+        (But what tasks have left to ``atexit`` may take a while.)
+        """
         for worker in self.workers:
             await worker.close()
         if self.scheduler.server and not self.scheduler.ended.is_set():
             self.scheduler.ended.set()
             self.scheduler.happens("shutdown", "its LocalCluster")
         if self.keepers:
-            await asyncio.wait(self.keepers, timeout=1)
+            await asyncio.wait(self.keepers, timeout=4)
         await self.scheduler.close()
 
     def _facts(self):

@@ -692,10 +692,11 @@ def test_a_script_needs_no_main_guard_and_its_tasks_can_import_what_is_beside_it
 
 def test_what_tasks_print_or_leave_for_their_end_is_there_when_the_script_has_ended(tmp_path):
     (tmp_path / "script.py").write_text(
-        "import atexit, minidist\n"
+        "import atexit, minidist, time\n"
         "def note(i):\n"
         "    print('line', i)\n"
         "    atexit.register(print, 'end', i)\n"
+        "    atexit.register(time.sleep, 1.5 * (i == 99))\n"
         "client = minidist.Client(n_workers=2)\n"
         "client.gather(client.map(note, range(500)))\n"
     )
