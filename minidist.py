@@ -712,13 +712,21 @@ class ClientMind(FetchingMind):
         self.send(SCHEDULER, "fire-and-forget", [(state.key, state.want) for state in states])
 
     def stimulus_release(self, state):
-        """One ``Future`` object is gone; with the last one, the want is."""
+        """One ``Future`` object is gone, or released; with the last one, the want and value are.
+
+        (Who keeps what he has released would keep the value, too.)
+        """
         state.count -= 1
-        # A cancelled state left the table before: it is let go silently, and what bears its key
-        # now is another want.
-        if not state.count and self.futures.get(state.key) is state:
-            self.let_go(state, "its last future was released", kept="error")
+        if state.count:
+            return
+        state.value, text = (), "its last future was released"
+        if self.futures.get(state.key) is state:
+            self.let_go(state, text, kept="error")
             self.send_name(SCHEDULER, "release-keys", (state.key, state.want))
+        elif state.status == "finished":
+            # It was cancelled when its value was here, and left the table: it is let go silently,
+            # and what bears its key now is another want.
+            self.become(state, "cancelled", text)
 
     def stimulus_ask(self, states):
         """Somebody waits for these values: fetch what did not come along with its notice.
@@ -4353,10 +4361,10 @@ def failed(state):
 
 def outcome(state):
     """What a settled state has come to: its value, or an exception raised."""
-    if state.value:
+    if value := state.value:  # (Read once: another thread may release it meanwhile.)
         try:
             # (Read-only: so ``loads`` copies them, and each call gets arrays of its own.)
-            return loads([memoryview(frame).toreadonly() for frame in state.value])
+            return loads([memoryview(frame).toreadonly() for frame in value])
         except Exception as error:
             raise RuntimeError(f"the result of {state.key!r} cannot be unpickled here") from error
     # (Not by a variable: the exception refers to this frame, which would refer to it.)

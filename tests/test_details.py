@@ -491,9 +491,10 @@ async def test_an_input_is_kept_for_the_task_that_needs_it(c, a, b):
 
 @on_cluster
 async def test_what_was_released_is_not_waited_for(c, a, b):
-    running, large = c.submit(through, 0), c.submit(bytes, 100_000)
+    running, large, here = c.submit(through, 0), c.submit(bytes, 100_000), c.submit(abs, -1)
     await wait([large])
-    for future in (running, large):
+    assert await here == 1
+    for future in (running, large, here):
         future.release()
         with pytest.raises(minidist.CancelledError, match="its last future was released"):
             await future

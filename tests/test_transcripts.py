@@ -25,6 +25,16 @@ def test_a_value_that_is_here_is_final(client):
     assert (x.status, x.value, sent(client)) == ("finished", (b"42",), [])
 
 
+def test_a_value_that_outlived_its_want_goes_with_the_last_future(client):
+    x = client.futures["x"]
+    client.stimulus_key_in_memory(SCHEDULER, "x", 1, 5, 8, "int", ["w"], (b"42",))
+    client.stimulus_cancel([x], False)
+    sent(client)
+    assert (x.status, x.value) == ("finished", (b"42",))
+    client.stimulus_release(x)
+    assert (x.status, x.value, sent(client)) == ("cancelled", (), [])
+
+
 def test_what_is_submitted_on_a_cancelled_future_is_cancelled_saying_why(client):
     x = client.futures["x"]
     client.stimulus_key_cancelled(SCHEDULER, "x", 1, "its data was lost")
