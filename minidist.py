@@ -1712,7 +1712,7 @@ class SchedulerMind(Mind):
         some = self.allowed(ts)
         if some is self.staying:
             some = {self.least_loaded(FULL, fits): None}
-            for dependency in ts.dependencies:
+            for dependency in sorted(ts.dependencies, key=lambda d: -d.nbytes):
                 if len(some) <= LIMITS["holders"]:
                     holders = islice(dependency.who_has, LIMITS["holders"])
                     some |= {ws: None for ws in holders if ws.load != LEAVING}

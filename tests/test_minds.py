@@ -612,18 +612,24 @@ def test_workers_are_called_by_name_address_and_host():
         assert s.tasks["x"].processing_on.name == "n"
 
 
-def test_few_holders_are_weighed_however_many_there_are():
-    s = Scheduler("idle", *"abcdefgh", "far")
+def test_few_holders_are_weighed_those_of_large_inputs_first():
+    s = Scheduler("idle", "rest", *"abcdefgh", "far").measured("long", duration_us=10**9)
     assert len("abcdefgh") == LIMITS["holders"]
-    s.submit("common", workers=["name of a"])
-    s.submit("large", workers=["name of far"])
-    _, attempt = s.finish("common", nbytes=1_000_000)
-    for worker in "bcdefgh":
-        s.stimulus_add_keys(worker, [("common", attempt)])
-    s.finish("large", nbytes=1_000_000_000)
-    s.submit("x", "common", "large")
+    for key, worker, nbytes in (
+        ("common", "a", 10**6),
+        ("small", "far", 10),
+        ("large", "far", 10**9),
+    ):
+        s.submit(key, workers=[f"name of {worker}"])
+        _, attempt = s.finish(key, nbytes=nbytes)
+        if key == "common":
+            for holder in "bcdefgh":
+                s.stimulus_add_keys(holder, [("common", attempt)])
+    for worker in "abcdefgh":
+        s.submit(f"busy {worker}", workers=[f"name of {worker}"], name="long")
+    s.submit("x", "common", "small")
     assert s.tasks["x"].processing_on.id != "far", "there have been enough before it"
-    s.submit("y", "large", "common")
+    s.submit("y", "common", "large")
     assert s.tasks["y"].processing_on.id == "far"
 
 

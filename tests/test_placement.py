@@ -164,6 +164,15 @@ def test_tiny_tasks_stay_where_their_large_input_is_once_they_are_known_to_be_ti
     assert timed.transfers == 0 and len({*timed.ran.values()}) == 1
 
 
+@pytest.mark.parametrize("small", [5, 10, 40])
+def test_small_inputs_do_not_hide_who_has_the_large_one(small):
+    graph = {f"x{n}": ("load", [], 100 * MS, 8) for n in range(small)}
+    graph |= {"large": ("load", [], 100 * MS, 1_000_000_000)}
+    timed = Timed(50, 1, graph | {"y": ("f", [*graph], 100 * MS, 8)})
+    assert timed.makespan_us() < 300 * MS
+    assert timed.ran["y"] == timed.ran["large"]
+
+
 @clusters
 def test_a_chain_stays_on_one_worker(workers, nthreads):
     chains, links = 4 * workers * nthreads, 5
