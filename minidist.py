@@ -1612,14 +1612,15 @@ class SchedulerMind(Mind):
             ts = other
         if ts:
             return ts if self.has_room(ws, ts) else None
-        return self.steal(ws) if self.crowded and ws.load <= FREE else None
+        return self.steal(ws) if self.crowded and ws.load <= ROOM else None
 
     def steal(self, ws):
         """What waits for another worker, and would start sooner here, with its inputs moved.
 
-        Only a worker with a free thread and nothing of its own asks.  It compares when the task
-        would start here (its inputs have to be moved) with the work that it would wait for there.
-        So tiny tasks on one worker's large data stay there, and slow ones spread.  Nothing was
+        Only a worker with room and nothing of its own asks; without a free thread, it takes what it
+        has the inputs of.  It compares when the task would start here (its inputs have to be moved)
+        with the work that it would wait for there.  So tiny tasks on one worker's large data stay
+        there, or come back once they are known to be tiny, and slow ones spread.  Nothing was
         sent yet, so the victim need not be asked.  A few victims are looked at, and of each the
         head; one with an input that is *stuck* (``strike``) stays, since that could not be moved.
         """
@@ -1630,7 +1631,8 @@ class SchedulerMind(Mind):
             waiting_us = self.busy_us(victim) - victim.queue[ts] // victim.nthreads
             if ws in self.allowed(ts) and not any(d.stuck for d in ts.dependencies):
                 if self.has_room(ws, ts) and self.start_us(ts, ws) < waiting_us:
-                    return ts
+                    if ws.load <= FREE or not self.moving_us(ts, ws):
+                        return ts
         return None
 
     def has_room(self, ws, ts):

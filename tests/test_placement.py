@@ -28,7 +28,7 @@ class Timed:
 
     def __init__(self, workers, nthreads, graph):
         self.now_us, self.agenda, self.tickets = 0, [], count()
-        self.graph, self.missing = graph, set(graph)
+        self.graph, self.missing, self.wants = {}, set(), {}
         self.minds = {SCHEDULER: SchedulerMind()}
         self.free = {}  # {worker: threads without a task}
         self.serving_until_us = Counter()  # {worker: when it has served who asked before}
@@ -37,12 +37,16 @@ class Timed:
         self.hear(SCHEDULER, "register-client", "c", [])
         for _ in range(workers):
             self.join(nthreads)
-        wants = {key: want for want, key in enumerate(graph, 1)}
+        self.submit(graph)
+
+    def submit(self, graph):
+        self.graph |= graph
+        self.missing |= {*graph}
+        self.wants |= {key: want for want, key in enumerate(graph, len(self.wants) + 1)}
         for key, (name, inputs, _, _) in graph.items():
-            names = [(i, wants[i]) for i in inputs]
-            self.hear(
-                SCHEDULER, "submit", "c", key, wants[key], name, (b"call",), names, 0, [], False, 0
-            )
+            names = [(i, self.wants[i]) for i in inputs]
+            call = (key, self.wants[key], name, (b"call",), names, 0, [], False, 0)
+            self.hear(SCHEDULER, "submit", "c", *call)
 
     def join(self, nthreads):
         worker = f"w{len(self.free)}"
@@ -162,6 +166,17 @@ def test_tiny_tasks_stay_where_their_large_input_is_once_they_are_known_to_be_ti
     timed.minds[SCHEDULER].durations["f"] = 10
     timed.makespan_us()
     assert timed.transfers == 0 and len({*timed.ran.values()}) == 1
+
+
+def test_tiny_tasks_go_back_to_their_large_inputs_once_they_are_known_to_be_tiny():
+    timed = Timed(1, 1, {f"x{n}": ("load", [], 10, 1_000_000) for n in range(1_000)})
+    begin_us = timed.makespan_us()
+    for _ in range(9):
+        timed.join(1)
+    timed.submit({f"y{n}": ("f", [f"x{n}"], 10, 8) for n in range(1_000)})
+    # All of them take 10 ms where their inputs are, and all inputs take a second to move.
+    assert timed.makespan_us() - begin_us < 50 * MS
+    assert timed.transfers < 50
 
 
 @pytest.mark.parametrize("small", [5, 10, 40])
