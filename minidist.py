@@ -912,8 +912,8 @@ class ClientMind(FetchingMind):
 #       that made it stays known while something that is kept might have to be computed from it
 #       again: that is all there is to recovery (Spark calls the same idea lineage).
 #   What if.  A lost worker takes along its attempts, which are placed again, and its values, which
-#       are computed again as far as they are needed.  What was on it is suspected of having killed
-#       it.  Scattered data has no call: it is lost for good, and whoever needs it is told so.
+#       are computed again as far as they are needed.  What was on two of them is suspected of having
+#       killed both.  Scattered data has no call: it is lost for good, and who needs it is told so.
 #   Data.  Two kinds of attempt compute nothing, and take no thread.  A *put* brings scattered data
 #       from a client that gives it to a worker; meanwhile its task is in "processing".  A *copy*
 #       brings a value from one worker to another: for a broadcast, off a worker that leaves, around
@@ -991,7 +991,8 @@ class TaskState:
     # ``strike`` and ``suspect``.)
     misses: int = 0  # how often one of its inputs could not be had, or its data not be put
     strikes: int = 0  # how often it was computed in vain, since nobody could fetch its value
-    suspect: bool = False  # it was on a worker that died, and has not ended since
+    witness: bool = False  # it was on a worker that died, and has not ended since
+    suspect: bool = False  # once more, or it was alone there
     deaths: tuple = ()  # the workers that died while it was alone there, and how
     stuck: bool = False  # the only copy could not be fetched, or not be pickled
     # Of data only:
@@ -1415,16 +1416,18 @@ class SchedulerMind(Mind):
     def suspect(self, ts, departed, blamed):
         """``ts`` was on a worker that died; ``departed`` says which one, and how.
 
-        Which of several did it, nobody knows: from now on, each runs alone.  Only one that was
-        alone is blamed, so that no innocent one fails with it.
+        Which of several did it, nobody knows, and mostly none did.  So each is a *witness*, and is
+        placed again like any other, mostly apart from the others.  A witness of two deaths is a
+        *suspect*, and from now on runs alone.  Only one that was alone is blamed, so that no
+        innocent one fails with it.
 
         Were all of them blamed, a long task that shares its worker with a killer, and is placed
         again beside it each time, would fail with it.  The price is that each suspect waits for a
-        worker to run empty.  A task is no suspect any more when it has a value, or has failed.  The
-        death of a worker that was leaving makes no suspects.
+        worker to run empty: with 16 at once, a cluster would stand still.  A task is neither any
+        more when it has a value, or has failed.  The death of a worker that was leaving counts not.
         """
         # dask: whatever was on the worker is blamed, also what had not started.
-        ts.suspect = True
+        ts.suspect, ts.witness = ts.witness or blamed, True
         if blamed:
             ts.deaths = (*ts.deaths, departed)
         if len(ts.deaths) > ALLOWED_FAILURES:
@@ -1849,7 +1852,7 @@ class SchedulerMind(Mind):
     def enter_memory(self, ts):
         """It has a value: wake whoever waited, tell whoever asked."""
         self.stop_needing(ts)
-        ts.suspect, ts.deaths = False, ()
+        ts.witness, ts.suspect, ts.deaths = False, False, ()
         for dependent in ts.waiters:
             # (One that is processing had it already, and did not wait when it was lost.)
             if ts in dependent.waiting_on:
@@ -1895,7 +1898,8 @@ class SchedulerMind(Mind):
 
     def leave_erred(self, ts):
         """It is retried, or nobody needs it: what went wrong is forgotten, blame and misses too."""
-        ts.error, ts.misses, ts.strikes, ts.suspect, ts.deaths = (), 0, 0, False, ()
+        ts.error, ts.misses, ts.strikes, ts.deaths = (), 0, 0, ()
+        ts.witness = ts.suspect = False
 
     def enter_forgotten(self, ts):
         """Nothing that is kept might have to be computed from it.

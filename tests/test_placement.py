@@ -53,6 +53,10 @@ class Timed:
         self.minds[worker], self.free[worker] = WorkerMind(), nthreads
         self.hear(SCHEDULER, "register-worker", worker, worker, nthreads, [], [])
 
+    def die(self, worker):
+        del self.minds[worker]
+        self.hear(SCHEDULER, "worker-left", worker)
+
     def after(self, delay_us, act, *args):
         heapq.heappush(self.agenda, (self.now_us + delay_us, next(self.tickets), act, args))
 
@@ -68,7 +72,9 @@ class Timed:
         return sorted(ran[worker] for worker in self.free)
 
     def hear(self, mind, op, *args):
-        """A mind is told something; what it says to that is on its way."""
+        """A mind is told something, unless it is dead; what it says to that is on its way."""
+        if mind not in self.minds:
+            return
         getattr(self.minds[mind], "stimulus_" + op.replace("-", "_"))(*args)
         if mind != SCHEDULER:
             self.begin(mind)
@@ -92,7 +98,7 @@ class Timed:
             self.after(LATE_US, self.look_at_the_clock, worker)
 
     def look_at_the_clock(self, worker):
-        if self.minds[worker].ready:
+        if worker in self.minds and self.minds[worker].ready:
             self.hear(worker, "time-passes", self.now_us + 1)
 
     def end(self, worker, attempt):
@@ -232,6 +238,16 @@ def test_workers_that_join_take_their_share_of_what_waits(nbytes):
     # Of 1,000, two workers have run about 40 by then.
     assert timed.makespan_us() < 500 * MS + 1.1 * 960 * 100 * MS / 88
     assert timed.shares()[0] >= 40
+
+
+def test_a_worker_that_dies_stops_no_other():
+    seconds = [10 if n % 10 == 0 else 0.5 for n in range(3_200)]
+    graph = {f"x{n}": ("f", [], int(s * 1_000 * MS), 8) for n, s in enumerate(seconds)}
+    timed = Timed(10, 16, graph)
+    timed.after(5_000 * MS, timed.die, "w0")
+    # It takes along 16 tasks under way.  Were each to run alone at once, the other workers would
+    # run empty for them, and all would take a minute.
+    assert timed.makespan_us() < shared_us(graph, 9 * 16) + longest_us(graph)
 
 
 def test_what_waits_behind_a_long_task_that_was_taken_to_be_short_goes_elsewhere():

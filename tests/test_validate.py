@@ -78,10 +78,12 @@ def suspects():
     s = Scheduler("v", "w", nthreads=2)
     for key in "abc":
         s.submit(key)
-    s.stimulus_worker_left("v")
-    for key in "abc":
-        if s.tasks[key].processing_on and not s.tasks[key].suspect:
-            s.finish(key)
+    (alone,) = [ws for ws in s.workers.values() if len(ws.processing) == 1]
+    ((killer, _),) = alone.processing.values()
+    s.stimulus_worker_left(alone.id)
+    for key in {*"abc"} - {killer.key}:
+        s.finish(key)
+    assert killer.suspect and killer.processing_on.alone
     return s
 
 
@@ -200,7 +202,7 @@ NEITHER = {  # {reason: fields}
     "it tells what has happened, which leaves no trace elsewhere": """
         SchedulerMind.story ClientMind.story WorkerMind.story SchedulerMind.durations SchedulerMind.losses
         ClientMind.dead WorkerMind.dead TaskState.misses TaskState.strikes
-        TaskState.deaths
+        TaskState.witness TaskState.deaths
         TaskState.stuck TaskState.lost TaskState.why WorkerState.late WorkerState.seen_us
         FutureState.text FutureState.misses ClientState.warned""",
     "it is a supply of numbers, a clock, or a constant": """
