@@ -1706,7 +1706,8 @@ class SchedulerMind(Mind):
         restrictions: elsewhere it might never run.
         """
         stuck = [ws for d in ts.dependencies if d.stuck for ws in d.who_has]
-        return min(stuck or self.candidates(ts), key=lambda ws: self.start_us(ts, ws))
+        some = stuck or self.candidates(ts)
+        return min(some, key=lambda ws: (self.start_us(ts, ws), ws.nbytes))
 
     def candidates(self, ts, fits=None):
         """Where ``ts`` might start first, as an ordered set.

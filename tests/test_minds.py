@@ -633,6 +633,14 @@ def test_few_holders_are_weighed_those_of_large_inputs_first():
     assert s.tasks["y"].processing_on.id == "far"
 
 
+def test_of_workers_that_may_start_a_task_at_once_the_one_that_holds_least_gets_it():
+    s = Scheduler(*"abcd")
+    for n in range(9):
+        s.submit(f"x{n}", workers=["name of b", "name of c", "name of d"])
+        s.finish(f"x{n}", nbytes=1_000_000)
+    assert [ws.nbytes for ws in s.workers.values()] == [0, 3_000_000, 3_000_000, 3_000_000]
+
+
 def test_functions_that_were_measured_long_ago_are_forgotten_when_there_are_too_many():
     s = Scheduler("w")
     for n in range(LIMITS["remembered"] + 1):
