@@ -1735,9 +1735,10 @@ class SchedulerMind(Mind):
     def busy_us(self, ws):
         """How long ``ws`` has work for.  If late, what runs was taken to be short, and is not.
 
-        (When its threads are free again, it is late only in that it gave back what nobody needed.)
+        (Unless its threads are free again, or all its room was taken by what is not short: then it
+        gave back what nobody needed, or was sent early for the sake of its inputs.)
         """
-        late = ws.late and ws.load == FULL
+        late = ws.late and ws.load == FULL and ws.taken_us < ws.nthreads * ROOM_US
         return ws.occupancy // ws.nthreads + (UNKNOWN_US if late else 0)
 
     def moving_us(self, ts, ws):

@@ -633,6 +633,20 @@ def test_few_holders_are_weighed_those_of_large_inputs_first():
     assert s.tasks["y"].processing_on.id == "far"
 
 
+def test_what_comes_back_from_behind_a_long_task_waits_where_its_inputs_are_by_now():
+    s = Scheduler("v", "w").measured("long", duration_us=1_000_000)
+    s.measured("short", duration_us=200_000)
+    s.submit("x", workers=["name of v"])
+    _, number = s.finish("x", nbytes=10_000_000)
+    for key, worker, name in (("1", "v", "long"), ("2", "w", "long"), ("3", "v", "short")):
+        s.submit(key, workers=[f"name of {worker}"], name=name)
+    s.submit("y", "x", name="short")
+    assert s.tasks["y"].processing_on.id == "w", "sent early, for the sake of x"
+    s.stimulus_add_keys("w", [("x", number)])
+    s.stimulus_task_returned("w", s.tasks["y"].attempt, [])
+    assert s.tasks["y"].queue is s.workers["w"].queue
+
+
 def test_of_workers_that_may_start_a_task_at_once_the_one_that_holds_least_gets_it():
     s = Scheduler(*"abcd")
     for n in range(9):
