@@ -645,6 +645,8 @@ class Cluster:
         if ws and (SCHEDULER, worker, "stream") not in self.channels:
             ts, _ = ws.processing[attempt.number]
             self.needless += [attempt] if ts.attempt != attempt.number else []
+            self.seen["suspects"] += ws.alone
+            self.seen["suspects of two deaths"] += ws.alone and not ts.deaths
         self.flush(worker)
 
     def end(self, worker, number, pick):
@@ -701,7 +703,7 @@ class Cluster:
         if ws and len(ws.processing) == 1 and ws.load != LEAVING:
             for ts, _ in ws.processing.values():
                 self.deaths.setdefault(ts.key, set()).add(worker)
-        self.seen["suspects"] += bool(ws and ws.processing and ws.load != LEAVING)
+        self.seen["witnesses"] += bool(ws and len(ws.processing) > 1 and ws.load != LEAVING)
 
     def a_worker_joins(self, pick=0):
         self.seen["workers"] += 1
@@ -1302,7 +1304,8 @@ def test_half_of_the_deep_histories_see_a_fault_and_one_in_twenty_whatever_is_ra
     rare += ["cancelled while it runs", "resubmitted while it runs", "suspects", "replicas"]
     rare += ["abandoned", "returned as late", "give-back", "key-cancelled", "calls changed"]
     rare += ["put-failed", "retry", "fire-and-forget", "clients vanished", "killed by a task"]
-    rare += ["lost while it runs", "silent for too long", "left", "key-erred"]
+    rare += ["lost while it runs", "silent for too long", "left", "key-erred", "witnesses"]
+    rare += ["suspects of two deaths"]
     assert [what for what in rare if reached[what] < HISTORIES / 20] == []
 
 
