@@ -267,6 +267,16 @@ def test_long_tasks_are_not_hoarded():
     assert len(s.computing()) == 3
 
 
+def test_what_has_a_value_is_no_witness_of_a_death_any_more():
+    s = Scheduler("v", nthreads=2)
+    s.submit("x")
+    s.submit("y")
+    s.stimulus_worker_left("v")
+    s.stimulus_register_worker("w", "w", 2, [], [])
+    s.finish("x")
+    assert [s.tasks[key].witness for key in "xy"] == [False, True]
+
+
 def test_what_nobody_needs_any_more_is_no_suspect():
     s = Scheduler("w")
     s.submit("x")
@@ -281,7 +291,7 @@ def test_what_nobody_needs_any_more_is_no_suspect():
     assert s.tasks["x"].suspect
     s.release("x", want=2)
     assert s.states() == {"x": "released", "y": "memory", "busy": "processing"}
-    assert not s.tasks["x"].suspect
+    assert not (s.tasks["x"].suspect or s.tasks["x"].witness)
 
 
 def test_a_retry_goes_through_each_input_once():
