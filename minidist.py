@@ -5528,7 +5528,7 @@ class LocalCluster(Threaded):
         # interpreter's lock makes a worker silent, too.
         self.scheduler = Scheduler(**{"worker_ttl": 300, **options})
         self.workers = []  # the Workers, if they live in this process
-        self.keepers = []  # else for each worker an asyncio task
+        self.keepers = {}  # else for each worker, by its name, an asyncio task
         self._live(asynchronous)
 
     async def _start(self):
@@ -5537,7 +5537,7 @@ class LocalCluster(Threaded):
         end = self.scheduler.start(self._end())
         for name in map(str, range(self.n_workers)):
             if self.processes:
-                self.keepers.append(self.scheduler.start(self._keep(name)))
+                self.keepers[name] = self.scheduler.start(self._keep(name))
             else:
                 self.workers.append(Worker(self.address, self.threads_per_worker, name))
                 await self.workers[-1].__aenter__()
@@ -5546,7 +5546,7 @@ class LocalCluster(Threaded):
             if time.monotonic() > deadline:
                 text = f"{there} of {self.n_workers} worker processes have started"
                 raise TimeoutError(f"{text}; why, the others have said on standard error")
-            done, _ = await asyncio.wait([end, *self.keepers], timeout=0.01)
+            done, _ = await asyncio.wait([end, *self.keepers.values()], timeout=0.01)
             await asyncio.gather(*done)  # It raises why no process can be started.
 
     async def _end(self):
@@ -5569,15 +5569,16 @@ class LocalCluster(Threaded):
     async def _close(self):
         """Workers that do not end by themselves, since a task holds up their loop, are killed.
 
-        (But what tasks have left to ``atexit`` may take a while.)
+        (But what tasks have left to ``atexit`` may take a while.  Who is not there yet has no tasks.)
         """
         for worker in self.workers:
             await worker.close()
+        there = [task for name, task in self.keepers.items() if self.scheduler.state.named([name])]
         if self.scheduler.server and not self.scheduler.ended.is_set():
             self.scheduler.ended.set()
             self.scheduler.happens("shutdown", "its LocalCluster")
-        if self.keepers:
-            await asyncio.wait(self.keepers, timeout=4)
+        if there:
+            await asyncio.wait(there, timeout=4)
         await self.scheduler.close()
 
     def _facts(self):

@@ -223,7 +223,7 @@ def test_a_sum_of_two_is_made_where_one_of_them_is(workers, nthreads):
 
 @pytest.mark.parametrize("duration_us", [100, 300, 1 * MS, 2 * MS, 4 * MS])
 def test_known_short_tasks_are_sent_so_early_that_their_threads_do_not_wait(duration_us):
-    graph = independent(500_000 // duration_us, duration_us)
+    graph = independent(200_000 // duration_us, duration_us)
     timed = Timed(2, 1, graph)
     timed.minds[SCHEDULER].durations["f"] = duration_us
     assert timed.makespan_us() < 1.05 * shared_us(graph, 2)
