@@ -550,7 +550,7 @@ class FetchingMind(Mind):
 #   error > pending       "key-retried", or a retry by this client
 #   any > cancelled       it leaves the table at once, so that its key is free for a new want
 #
-# A value that is here is final: it stays readable, whatever comes later.
+# A value that is here is final: it stays readable, whatever comes later, until it is released.
 
 
 @dataclass(eq=False, slots=True)
@@ -912,8 +912,9 @@ class ClientMind(FetchingMind):
 #       that made it stays known while something that is kept might have to be computed from it
 #       again: that is all there is to recovery (Spark calls the same idea lineage).
 #   What if.  A lost worker takes along its attempts, which are placed again, and its values, which
-#       are computed again as far as they are needed.  What was on two of them is suspected of having
-#       killed both.  Scattered data has no call: it is lost for good, and who needs it is told so.
+#       are computed again as far as they are needed.  What was on two of them is suspected of
+#       having killed both.  Scattered data has no call: it is lost for good, and who needs it is
+#       told so.
 #   Data.  Two kinds of attempt compute nothing, and take no thread.  A *put* brings scattered data
 #       from a client that gives it to a worker; meanwhile its task is in "processing".  A *copy*
 #       brings a value from one worker to another: for a broadcast, off a worker that leaves, around
@@ -930,7 +931,8 @@ class ClientMind(FetchingMind):
 # somewhat later than it could, never a result wrong.
 
 # Work, known to be short, that a thread is sent early.  It hides a round trip of some hundred us,
-# which would cost tasks of 1,000 us a third of the time; more would only wait behind long ones.
+# which would cost tasks of 1,000 us a third of the time.  Of more, more would have to wait behind
+# a long one; and it is at stake when a worker dies.
 ROOM_US = 5_000
 UNKNOWN_US = 500_000  # what a task of an unmeasured function is taken for
 # dask: measures how fast workers transfer.
@@ -3008,6 +3010,7 @@ def memoized(func, parameters):
 
 MEMOIZED = type(memoized(len, {}))
 ALIAS = getattr(typing, "TypeAliasType", ())  # what ``type X = ...`` makes, since Python 3.12
+# What would pickle itself by its name alone, also in a script.
 BY_NAME = (MEMOIZED, ALIAS, typing.NewType, typing.ParamSpec, typing.TypeVarTuple)
 
 
@@ -3769,6 +3772,7 @@ def digest(frame):
     if text is None:
         text = f"{len(frame)} bytes, sha256 {hashlib.sha256(frame).hexdigest()}"
         if len(frame) < 1_000:
+            # (Not ``forget_oldest``: at each new one, it would pass over those forgotten before.)
             if len(DIGESTS) > LIMITS["remembered"]:
                 DIGESTS.clear()
             DIGESTS[frame] = text
@@ -4295,7 +4299,7 @@ class Future(Shown):
     def release(self):
         """Let the result go, as if this object were deleted.  Twice is harmless.
 
-        Other futures of the same key keep it.
+        Other futures of the same key keep it; without any, this one is cancelled, unless it failed.
         """
         with contextlib.suppress(IndexError):
             self._live.pop()
@@ -4938,7 +4942,8 @@ class Client(Threaded, Body):
     def gather(self, futures, errors="raise", direct=None):
         """The results of futures in nested lists, tuples, sets and dicts, in the same shape.
 
-        (What is of another class, say a ``defaultdict``, stays as it is, when its futures are done.)
+        (What is of another class, like a ``defaultdict``, stays as it is, when its futures are
+        done.)
 
         ``errors="raise"`` raises the first exception; ``errors="skip"`` leaves what failed out of
         lists, and puts None in its place elsewhere.  Results come directly from the workers,
@@ -5569,7 +5574,7 @@ class LocalCluster(Threaded):
     async def _close(self):
         """Workers that do not end by themselves, since a task holds up their loop, are killed.
 
-        (But what tasks have left to ``atexit`` may take a while.  Who is not there yet has no tasks.)
+        (But what tasks have left to ``atexit`` may take a while.  Who is not there yet has none.)
         """
         for worker in self.workers:
             await worker.close()

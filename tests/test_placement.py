@@ -143,24 +143,15 @@ clusters = pytest.mark.parametrize("workers, nthreads", [(2, 1), (4, 4), (30, 1)
 
 @clusters
 @pytest.mark.parametrize("share", [0.5, 1, 3])
-def test_equal_tasks_are_spread_evenly_over_all_workers(workers, nthreads, share):
-    graph = independent(int(workers * nthreads * share), 100 * MS)
+@pytest.mark.parametrize("on_one", [False, True], ids=["", "on one small result"])
+def test_equal_tasks_are_spread_evenly_over_all_workers(workers, nthreads, share, on_one):
+    n, duration_us = int(workers * nthreads * share), 100 * MS
+    graph = on_one_result(n, duration_us, nbytes=8) if on_one else independent(n, duration_us)
     timed = Timed(workers, nthreads, graph)
     best_us = max(shared_us(graph, workers * nthreads), longest_us(graph))
     assert timed.makespan_us() < 1.1 * best_us
     fewest, *_, most = timed.shares()
-    assert most - fewest <= 1
-
-
-@clusters
-@pytest.mark.parametrize("share", [0.5, 1, 3])
-def test_tasks_on_one_small_result_are_spread_evenly_over_all_workers(workers, nthreads, share):
-    graph = on_one_result(int(workers * nthreads * share), 100 * MS, nbytes=8)
-    timed = Timed(workers, nthreads, graph)
-    best_us = max(shared_us(graph, workers * nthreads), longest_us(graph))
-    assert timed.makespan_us() < 1.1 * best_us
-    fewest, *_, most = timed.shares()
-    assert most - fewest <= 2
+    assert most - fewest <= 1 + on_one
 
 
 @clusters
