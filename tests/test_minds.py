@@ -871,28 +871,6 @@ def test_a_long_task_is_not_passed_by_short_ones_of_another_queue(tiny_inputs, u
     assert s.states()["y50"] == "queued", "it takes all the room of its thread"
 
 
-MANY_WORKERS = [f"w{n}" for n in range(30)]
-
-
-def test_tasks_are_spread_over_all_workers_however_many_threads_these_have():
-    s = Scheduler(*MANY_WORKERS, nthreads=8)
-    for n in range(90):
-        s.submit(f"x{n}")
-    assert {len(ws.processing) for ws in s.workers.values()} == {3}
-
-
-@pytest.mark.parametrize("duration_us", [100_000, None])
-def test_what_waits_for_one_result_is_spread_over_all_workers_when_that_is_there(duration_us):
-    s = Scheduler(*MANY_WORKERS, nthreads=8)
-    if duration_us:
-        s.durations["f"] = duration_us
-    s.submit("x")
-    for n in range(90):
-        s.submit(f"y{n}", "x", name="f")
-    s.finish("x")
-    assert {len(ws.processing) for ws in s.workers.values()} == {3}
-
-
 def test_a_task_as_long_as_the_room_is_short_and_fills_it():
     s = Scheduler("w").measured("f", duration_us=10).measured("g", duration_us=ROOM_US)
     for key, name in [("x", "f"), ("y", "g"), ("z", "f")]:
