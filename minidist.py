@@ -221,10 +221,6 @@ def to_frames(value, frames):
     return Packed([frames[place] for place in value if place >= 0])
 
 
-def anything(value, frames):
-    return value
-
-
 FIELDS = {  # {field: its kind}, the same in every message
     field: kind
     for kind, fields in (
@@ -237,7 +233,7 @@ FIELDS = {  # {field: its kind}, the same in every message
         ([int], "attempts"),
         ([str], "holders workers"),
         ([to_key], "keys"),
-        (anything, "facts"),
+        (list, "facts"),  # whatever is in it
         ([(to_key, int)], "names inputs wants values"),  # values by attempt, tasks by want
         ([(to_key, int, [str])], "places misses"),  # values by attempt, and who has them
     )

@@ -1496,7 +1496,7 @@ of_the_kind_of = {  # One field of each kind, and the values that it may have.
     "attempts": few(st.integers()),
     "holders": few(st.text()),
     "keys": few(keys),
-    "facts": st.integers() | few(st.text()),
+    "facts": few(st.integers() | st.text()),
     "names": few(st.tuples(keys, st.integers())),
     "places": few(st.tuples(keys, st.integers(), few(st.text()))),
 }
