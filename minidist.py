@@ -1336,13 +1336,11 @@ class SchedulerMind(Mind):
         ws.queue = HeapSet(ws)
         self.workers[worker] = ws
         self.news.append(f"Worker {worker} ({name}) joined, threads: {nthreads}")
-        self.by_load[EMPTY][ws] = self.staying[ws] = None
-        self.changed[ws] = None
+        self.by_load[EMPTY][ws] = self.staying[ws] = self.changed[ws] = None
         for alias in ws.aliases():
             self.called.setdefault(alias, {})[ws] = None
         self.send(worker, "registered", self.ttl_us)
-        for ts in self.unrunnable:
-            self.mark(ts)
+        self.marked |= self.unrunnable
         for cs in [*self.clients.values(), self.keeper]:
             cs.warned.clear()
         self.settle()
@@ -2079,8 +2077,8 @@ class SchedulerMind(Mind):
         for ts in list(ws.queue):
             self.transition(ts, "waiting")
             self.mark(ts)
-        for ts in () if self.staying else self.queue:
-            self.mark(ts)
+        if not self.staying:
+            self.marked |= self.queue
 
     def ask_giver(self, ts):
         """Ask the first client that has the data to put it on a worker, each one in its turn.

@@ -1351,7 +1351,7 @@ SchedulerMind.end_attempt | current = ts.attempt == attempt | ts = self.tasks.ge
 WorkerMind.stimulus_free_keys | in names: | in [n for n in self.data if n[0] in dict(names)]: | agreement
 # A wake-up is forgotten.
 SchedulerMind.enter_memory | self.mark(dependent) | pass | validate
-SchedulerMind.stimulus_register_worker | self.mark(ts) | pass | validate
+SchedulerMind.stimulus_register_worker | self.marked |= self.unrunnable | pass | validate
 SchedulerMind.account | self.changed[ws] = None | pass | validate
 WorkerMind.arrived | self.mark(attempt) | pass | validate
 # A result is released too early, ...
