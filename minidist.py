@@ -1197,11 +1197,18 @@ class SchedulerMind(Mind):
         Another client's wants are left alone, unless ``force``.  A cancel is no more than that:
         wants end, and who had them is told.  What nobody needs then goes by itself.
         """
-        cs, seen = self.clients[client], set()
+        cs, seen = self.clients[client], set()  # (so that each task is looked at once)
         for key, want in names:
-            if ts := self.wanted_by(cs, key, want):
-                text = f"{key!r} was cancelled by {client}"
-                self.cancel(ts, text, seen, only=None if force else cs)
+            ts = self.wanted_by(cs, key, want)
+            found = [ts] if ts else []
+            for each in found:  # It grows meanwhile, by what is made from it.
+                for wanting in [other for other in each.who_wants if force or other is cs]:
+                    number, text = wanting.wants_what[each], f"{key!r} was cancelled by {client}"
+                    self.send(wanting.id, "key-cancelled", each.key, number, text)
+                    self.let_go(wanting, each)
+                more = [dependent for dependent in each.dependents if dependent not in seen]
+                seen.update(more)
+                found += more
         self.settle()
 
     def stimulus_retry(self, client, key, want):
@@ -1972,20 +1979,6 @@ class SchedulerMind(Mind):
             del ts.givers[cs]
             if asked:
                 self.end_arrival(ts, ts.attempt)
-
-    def cancel(self, ts, text, seen, only):
-        """Let clients, or ``only`` one, go of ``ts`` and of all that is made from it.
-
-        ``seen`` are those of which they already did: each task is looked at once.
-        """
-        found = [ts]
-        for each in found:  # It grows meanwhile.
-            for cs in [cs for cs in each.who_wants if only in (None, cs)]:
-                self.send(cs.id, "key-cancelled", each.key, cs.wants_what[each], text)
-                self.let_go(cs, each)
-            more = [other for other in each.dependents if other not in seen]
-            seen.update(more)
-            found += more
 
     def give_up(self, ts):
         """Data that nobody has is lost for good, and with it whatever waits for it.

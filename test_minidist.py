@@ -1383,7 +1383,7 @@ SchedulerMind.give_up | the data {ts.key!r} | data | honesty
 SchedulerMind.lose | f"was lost with {departed}" | "was lost" | honesty
 SchedulerMind.suspect | '; '.join(ts.deaths) | ts.deaths[0] | honesty
 # A cancel reaches too much.
-SchedulerMind.stimulus_cancel_keys | None if force else cs | None | no_live_future_is_cancelled
+SchedulerMind.stimulus_cancel_keys | force or other is cs | True | no_live_future_is_cancelled
 ClientMind.become | if not state.value: | if True: | no_live_future_is_cancelled
 # Work is done for nobody; or nobody does it.
 SchedulerMind.leave_processing | self.send(ts.processing_on.id, "give-back", [ts.attempt]) | 0 | no_needless_run
