@@ -75,7 +75,7 @@ import typing
 import warnings
 from collections import OrderedDict, deque, namedtuple
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, count, islice, zip_longest
 from pathlib import Path
 
@@ -679,13 +679,11 @@ class ClientMind(FetchingMind):
         and for what depends on them.  Until that is here, dependents look as before; what is
         submitted on them meanwhile is cancelled by the scheduler.
         """
-        names = []  # In one message: then the scheduler goes over what depends on them once.
-        for state in states:
-            if self.futures.get(state.key) is state:
-                names.append((state.key, state.want))
-                self.let_go(state, "it was cancelled here")
-        if names:
-            self.send(SCHEDULER, "cancel-keys", names, force)
+        mine = {state: None for state in states if self.futures.get(state.key) is state}
+        for state in mine:
+            self.let_go(state, "it was cancelled here")
+        if mine:  # In one message: then the scheduler goes over what depends on them once.
+            self.send(SCHEDULER, "cancel-keys", [(s.key, s.want) for s in mine], force)
 
     def stimulus_retry(self, states):
         """The user wants tasks that failed once more: each is a new want.
@@ -743,8 +741,7 @@ class ClientMind(FetchingMind):
         if state := self.current(key, want):
             if state.attempt != attempt:
                 state.misses = 0  # Those were of a value that is gone.
-            state.attempt, state.nbytes, state.type = attempt, nbytes, type
-            state.holders = holders
+            state.attempt, state.nbytes, state.type, state.holders = attempt, nbytes, type, holders
             self.become(state, "finished")
             state.value = state.value or value
             self.fetch(state)
@@ -1012,10 +1009,12 @@ class WorkerState:
     nthreads: int
     seen_us: int  # when it gave its last sign of life
     # Attempts sent and not ended, abandoned ones too: they occupy its threads all the same.
-    processing: dict  # {attempt: (TaskState, duration_us)}
-    arriving: dict  # {attempt: TaskState}: puts and copies; transpose: TaskState.arriving
-    has_what: dict  # an ordered set of TaskStates; transpose: TaskState.who_has
-    leaving: list  # of TaskStates: what is copied before it leaves (``may_go``)
+    processing: dict = field(default_factory=dict)  # {attempt: (TaskState, duration_us)}
+    # {attempt: TaskState}: puts and copies; transpose: TaskState.arriving
+    arriving: dict = field(default_factory=dict)
+    # An ordered set of TaskStates; transpose: TaskState.who_has
+    has_what: dict = field(default_factory=dict)
+    leaving: list = field(default_factory=list)  # of TaskStates, copied before it goes (``may_go``)
     queue: "HeapSet | None" = None  # {what waits for this very worker: its expected duration_us}
     nbytes: int = 0  # sum over has_what
     occupancy: int = 0  # microseconds of work, sent or queued
@@ -1040,8 +1039,10 @@ class ClientState:
     """What the scheduler believes about one client."""
 
     id: str
-    wants_what: dict  # {TaskState: the number of the want}; transpose: TaskState.who_wants
-    warned: dict  # an ordered set of restrictions: its user knows that none of these is there
+    # {TaskState: the number of the want}; transpose: TaskState.who_wants
+    wants_what: dict = field(default_factory=dict)
+    # An ordered set of restrictions: its user knows that none of these is there.
+    warned: dict = field(default_factory=dict)
 
 
 # How loaded a worker is: it runs nothing; it has a free thread; its threads are busy, but with so
@@ -1105,13 +1106,13 @@ class SchedulerMind(Mind):
         self.losses = {}  # {key of data: how it was lost}, for who has not heard of that yet
         self.news = []  # who came and went, and why, in words: for the body to log
         # Wants what no user waits for, and lets go when it has ended.
-        self.keeper = ClientState("fire-and-forget", {}, {})
+        self.keeper = ClientState("fire-and-forget")
 
     # Stimuli: clients.
 
     def stimulus_register_client(self, client, wants):
         """A client joins.  (It gets a worker's answer, but its own silence never counts.)"""
-        self.clients[client] = ClientState(client, {}, {})
+        self.clients[client] = ClientState(client)
         self.news.append(f"Client {client} joined")
         self.send(client, "registered", self.ttl_us)
 
@@ -1125,15 +1126,13 @@ class SchedulerMind(Mind):
         one more want of that task, which keeps its first call, priority and restrictions.  Whoever
         submits another call under that key is warned.
         """
-        cs = self.clients[client]
+        cs, ts = self.clients[client], self.tasks.get(key)
         for input_key, number in inputs:
             if self.wanted_by(cs, input_key, number) is None:
                 # On one ordered stream that want can only have been cancelled or lost.  What
                 # bears the key now may be another call of another client.
                 text = self.losses.get(input_key, f"its input {input_key!r} was cancelled")
-                self.send(client, "key-cancelled", key, want, text)
-                return
-        ts = self.tasks.get(key)
+                return self.send(client, "key-cancelled", key, want, text)
         if ts is None:
             dependencies = {self.tasks[input_key]: None for input_key, _ in inputs}
             ts = self.new_task(key, name, run_spec, dependencies, priority, *options)
@@ -1336,12 +1335,9 @@ class SchedulerMind(Mind):
             text = f"a worker named {name!r} is there already"
             text += ": choose another name, or try again soon if it has died"
             self.news.append(f"Worker {worker} was refused: {text}")
-            self.send(worker, "refused", text)
-            return
-        tables = dict(processing={}, arriving={}, has_what={}, leaving=[])
-        ws = WorkerState(worker, name, nthreads, self.now_us, **tables)
+            return self.send(worker, "refused", text)
+        self.workers[worker] = ws = WorkerState(worker, name, nthreads, self.now_us)
         ws.queue = HeapSet(ws)
-        self.workers[worker] = ws
         self.news.append(f"Worker {worker} ({name}) joined, threads: {nthreads}")
         self.by_load[EMPTY][ws] = self.staying[ws] = self.changed[ws] = None
         for alias in ws.aliases():
