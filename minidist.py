@@ -1049,7 +1049,7 @@ class ClientState:
 # little that more may be sent; it has enough; it takes no more.
 EMPTY, FREE, ROOM, FULL, LEAVING = range(5)
 GIVEN_UP = "CancelledError"  # the kind of an error that is a cancel: data was lost
-UNFINISHED = ("waiting", "queued", "no-worker", "processing")
+WAITING = ("waiting", "queued", "no-worker")
 
 
 class SchedulerMind(Mind):
@@ -1552,8 +1552,7 @@ class SchedulerMind(Mind):
             return "memory"
         if ts.processing_on:
             return "processing"  # Only the end of its attempt changes that, or an error.
-        waits = ts.state in ("waiting", "queued", "no-worker")
-        if not waits or ts.waiting_on or not (ts.run_spec or ts.givers):
+        if ts.state not in WAITING or ts.waiting_on or not (ts.run_spec or ts.givers):
             return "waiting"  # (For nothing, if it is data that nobody gives: see ``give_up``.)
         if not self.allowed(ts):
             return "no-worker"
@@ -1565,19 +1564,18 @@ class SchedulerMind(Mind):
         Afterwards no thread is idle while something waits for it, unless a suspect goes first
         (``validate`` S3, W3): whatever makes room or brings work ends here, so nothing has to poll.
         """
-        while True:
-            super().settle()
-            self.fill()
-            ws = self.may_go()
-            if ws is None:
-                self.passed.clear()
-                return
+        super().settle()
+        self.fill()
+        while ws := self.may_go():
             self.send(ws.id, "goodbye")
             self.lose(ws.id, "it said good-bye")
+            super().settle()
+            self.fill()
+        self.passed.clear()
 
     def fill(self):
         """Send what waits for as long as there is room."""
-        while self.changed or self.queue:
+        while True:
             while self.changed:
                 ws, _ = self.changed.popitem()
                 while ts := self.next_for(ws):
@@ -1587,9 +1585,8 @@ class SchedulerMind(Mind):
                         if idle and idle.load <= FREE and not idle.queue:
                             self.changed[idle] = None  # It may steal.
             ts = self.queue.peek()
-            ws = self.room_for(ts) if ts else None
-            if ws is None:
-                break
+            if not ts or not (ws := self.room_for(ts)):
+                return
             self.process(ts, ws)
 
     def may_go(self):
@@ -1635,7 +1632,6 @@ class SchedulerMind(Mind):
                 if self.has_room(ws, ts) and self.start_us(ts, ws) < waiting_us:
                     if ws.load <= FREE or not self.moving_us(ts, ws):
                         return ts
-        return None
 
     def has_room(self, ws, ts):
         """Whether ``ts`` may be sent to ``ws`` now: it has room, or can fetch in the meantime.
@@ -1679,7 +1675,6 @@ class SchedulerMind(Mind):
                 some = islice(filter(fits, group), LIMITS["holders"])
                 if ws := min(some, key=lambda ws: ws.occupancy // ws.nthreads, default=None):
                     return ws
-        return None
 
     def next_holder(self, fits=None):
         """The next worker to be given a value: each in its turn, so that no memory fills alone."""
@@ -1705,8 +1700,7 @@ class SchedulerMind(Mind):
         restrictions: elsewhere it might never run.
         """
         stuck = [ws for d in ts.dependencies if d.stuck for ws in d.who_has]
-        some = stuck or self.candidates(ts)
-        return min(some, key=lambda ws: (self.start_us(ts, ws), ws.nbytes))
+        return min(stuck or self.candidates(ts), key=lambda ws: (self.start_us(ts, ws), ws.nbytes))
 
     def candidates(self, ts, fits=None):
         """Where ``ts`` might start first, as an ordered set.
@@ -1768,8 +1762,7 @@ class SchedulerMind(Mind):
         for dependency in ts.dependencies:
             dependency.waiters = dependency.waiters or {}
             dependency.waiters[ts] = None
-            if dependency.error:
-                ts.error = dependency.error
+            ts.error = dependency.error or ts.error
             self.mark(dependency)
         # Nobody makes this data, and nobody gives it any more.
         if not (ts.run_spec or ts.givers):
@@ -1829,8 +1822,7 @@ class SchedulerMind(Mind):
         """
         ts.attempt = self.next_number()
         if not ts.run_spec:
-            self.ask_giver(ts)
-            return
+            return self.ask_giver(ts)
         ws, duration_us = ts.processing_on, self.estimate(ts)
         ws.processing[ts.attempt] = (ts, duration_us)
         ws.alone = ts.suspect
@@ -1967,8 +1959,7 @@ class SchedulerMind(Mind):
 
     def let_go(self, cs, ts):
         """A client wants a task no more; and gives its data no more, if it did."""
-        del cs.wants_what[ts]
-        del ts.who_wants[cs]
+        del cs.wants_what[ts], ts.who_wants[cs]
         self.mark(ts)
         if cs in ts.givers:
             asked = next(iter(ts.givers)) is cs and ts.processing_on
@@ -2019,8 +2010,7 @@ class SchedulerMind(Mind):
         value is never adopted for that: the key may bear another call by then.
         """
         ts, duration_us = ws.processing.pop(attempt)
-        ws.alone = False  # If it was: nothing was sent beside it.
-        ws.late = late
+        ws.alone, ws.late = False, late  # If it was alone: nothing was sent beside it.
         self.account(ws, duration_us, -1)
         current = ts.attempt == attempt
         if current:
@@ -2134,8 +2124,7 @@ class SchedulerMind(Mind):
         What others could not fetch from it is given up: a broken link must not keep it for ever.
         """
         for ts in ws.has_what:
-            alone = not any(holder in self.staying for holder in ts.who_has)
-            if alone and self.staying and not ts.stuck:
+            if self.staying and self.staying.keys().isdisjoint(ts.who_has) and not ts.stuck:
                 ws.leaving.append(ts)
                 if not ts.arriving:
                     self.copy(ts, self.next_holder())
@@ -2153,8 +2142,7 @@ class SchedulerMind(Mind):
 
     def remove_replica(self, ts, ws):
         """``ws`` holds the value no more.  The last one gone, it is lost or was let go."""
-        del ts.who_has[ws]
-        del ws.has_what[ts]
+        del ts.who_has[ws], ws.has_what[ts]
         ws.nbytes -= ts.nbytes
         if not ts.who_has:
             ts.stuck = False
@@ -2288,10 +2276,10 @@ class SchedulerMind(Mind):
         assert ts.queue is not self.queue or not (ts.dependencies or ts.suspect), ts
         for dependency in ts.dependencies:
             # T4. A task is a waiter of its dependencies exactly while it is unfinished.
-            assert (ts in dependency.waiters) == (ts.state in UNFINISHED), ts
+            assert (ts in dependency.waiters) == (ts.state in (*WAITING, "processing")), ts
             # T5. It waits on exactly those that have no value.  (One that is processing has
             # fetched what was lost meanwhile, or will return.)
-            if ts.state in ("waiting", "queued", "no-worker"):
+            if ts.state in WAITING:
                 assert (dependency in ts.waiting_on) == (dependency.state != "memory"), ts
         assert {*ts.waiters} <= {*ts.dependents} and {*ts.waiting_on} <= {*ts.dependencies}, ts
 
