@@ -655,8 +655,7 @@ class ClientMind(FetchingMind):
         """
         # Whatever the number of the want: if the scheduler has let go of that attempt, it will have
         # the value freed where it was put.
-        state = self.futures.get(key)
-        if state is not None and state.data:
+        if (state := self.futures.get(key)) and state.data:
             self.puts[state] = (worker, attempt)
             self.send(worker, "put-data", key, attempt, state.data)
 
@@ -759,8 +758,7 @@ class ClientMind(FetchingMind):
 
         The one notice that undoes an error, which is final for all others (see ``current``).
         """
-        state = self.futures.get(key)
-        if state is not None and state.want == want and state.status == "error":
+        if (state := self.futures.get(key)) and state.want == want and state.status == "error":
             self.become(state, "pending")
 
     def stimulus_key_erred(self, peer, key, want, exception, type, text):
@@ -779,8 +777,7 @@ class ClientMind(FetchingMind):
 
         So it leaves the table; but what is final stays what it is for the user.
         """
-        state = self.futures.get(key)
-        if state is not None and state.want == want:
+        if (state := self.futures.get(key)) and state.want == want:
             self.let_go(state, text, kept="error")
 
     def stimulus_scheduler_left(self, text):
@@ -806,8 +803,7 @@ class ClientMind(FetchingMind):
 
     def known(self, key, call):
         """The state of a key that is wanted already, with one more reference; or None."""
-        state = self.futures.get(key)
-        if state is not None:
+        if state := self.futures.get(key):
             state.count += 1
             if state.call not in (call, None):
                 self.warnings.append(ANOTHER_CALL.format(key))
@@ -1158,8 +1154,7 @@ class SchedulerMind(Mind):
             ts.targets = list(self.allowed(ts))
             self.copy_further(ts)
         elif ts.state not in ("memory", "erred") and not ts.run_spec:
-            ts.givers = ts.givers or {}
-            ts.givers[cs] = broadcast
+            ts.givers = dict(ts.givers) | {cs: broadcast}
         self.want(cs, ts, want)
         self.settle()
 
@@ -1169,8 +1164,7 @@ class SchedulerMind(Mind):
         Stale if the worker has claimed it before (the connection broke only then), or is dead.
         Else another attempt asks for it again; after some, the next client that has the data.
         """
-        ts = self.tasks.get(key)
-        if ts is not None and attempt in ts.arriving:
+        if (ts := self.tasks.get(key)) and attempt in ts.arriving:
             ts.misses += 1
             if ts.misses > ALLOWED_FAILURES:
                 ts.misses = 0
@@ -1251,8 +1245,7 @@ class SchedulerMind(Mind):
 
         If its process lives, all its futures are cancelled there: it cannot come back as this one.
         """
-        cs = self.clients.pop(client, None)
-        if cs is None:
+        if not (cs := self.clients.pop(client, None)):
             return  # It had said so before; or it was lost before it had registered.
         self.news.append(f"Client {client} left: {how}; it wanted {len(cs.wants_what)} results")
         for ts in list(cs.wants_what):
@@ -1391,8 +1384,7 @@ class SchedulerMind(Mind):
         Peers learn of the death from here alone.  Those that find a connection broken conclude
         nothing from it.
         """
-        ws = self.workers.pop(worker, None)
-        if ws is None:
+        if not (ws := self.workers.pop(worker, None)):
             return  # It was refused, or declared dead before its connection was lost.
         departed = f"{worker} ({ws.name}): {how}"
         self.news.append(f"Worker {worker} ({ws.name}) left: {how}")
@@ -1481,9 +1473,8 @@ class SchedulerMind(Mind):
         """
         ws, missed = self.workers[worker], ""
         for key, number, holders in misses:
-            ts = self.tasks.get(key)
             # Another number: that value was lost or let go, and the miss is no news.
-            if ts is not None and ts.attempt == number and ts.state == "memory":
+            if (ts := self.tasks.get(key)) and ts.attempt == number and ts.state == "memory":
                 missed = f"{worker} could not fetch {key!r} from {', '.join(holders)}"
                 self.strike(ts, holders)
         if attempt in ws.arriving:
@@ -2239,8 +2230,7 @@ class SchedulerMind(Mind):
         assert set(self.crowded) == {ws for ws in workers if ws.queue}
         assert sum(map(len, self.by_load)) == len(workers)
         assert [ts.key for ts in tasks] == [*self.tasks]
-        assert [ws.id for ws in workers] == [*self.workers]
-        assert [cs.id for cs in self.clients.values()] == [*self.clients]
+        assert [*self.workers, *self.clients] == [x.id for x in (*workers, *self.clients.values())]
         called = {(alias, ws) for alias, some in self.called.items() for ws in some}
         assert {*self.staying} == {ws for ws in workers if ws.load != LEAVING}
         assert called == {(alias, ws) for ws in self.staying for alias in ws.aliases()}
@@ -2404,8 +2394,7 @@ class WorkerMind(FetchingMind):
 
         From here on there is no way back: nothing interrupts a thread.
         """
-        attempt = self.ready.peek()
-        if attempt is not None:
+        if attempt := self.ready.peek():
             self.decree(attempt, "executing")
             self.settle()
         return attempt
@@ -2566,8 +2555,7 @@ class WorkerMind(FetchingMind):
             assert bool(attempt.waiting_for) == (attempt.state == "waiting"), attempt
             if attempt.state != "executing":
                 # A2. It waits for exactly the inputs that are not here.
-                missing = {name for name in attempt.inputs if name not in self.data}
-                assert set(attempt.waiting_for) == missing, attempt
+                assert {*attempt.waiting_for} == {*attempt.inputs} - {*self.data}, attempt
                 for name in attempt.inputs:
                     needed.setdefault(name, {})[attempt] = None
         assert {*self.ready} <= {attempt for _, attempt in self.ready.heap}
