@@ -1274,7 +1274,6 @@ class SchedulerMind(Mind):
                 if again and (other := self.next_holder(lambda ws: ws not in ts.who_has)):
                     self.copy(ts, other)
             self.tell(cs, ts)  # While copies are under way, after the last of them.
-        self.settle()
 
     def stimulus_query(self, client, number, what, keys):
         """A client looks inside: rows of what is known of tasks, or of the workers so called.
