@@ -1500,8 +1500,7 @@ class SchedulerMind(Mind):
         ws = self.workers[worker]
         for key, attempt in names:
             ts = self.tasks.get(key)
-            arrives = ws.arriving.get(attempt) is ts
-            if ts is None or ts.attempt != attempt or not (ts.who_has or arrives):
+            if not ts or ts.attempt != attempt or not (ts.who_has or attempt in ws.arriving):
                 # It was let go or lost meanwhile; or nobody has asked this worker for it.
                 self.send_name(worker, "free-keys", (key, attempt))
                 continue
@@ -1580,13 +1579,22 @@ class SchedulerMind(Mind):
             self.process(ts, ws)
 
     def may_go(self):
-        """A worker that leaves, and of which nothing is being copied any more, or None."""
+        """A worker that leaves, and has handed over what no worker that stays has; or None.
+
+        ``ws.leaving`` holds what is being copied; when it is empty, and nothing more is found here,
+        the worker may go.  A value that is computed, or copied, there meanwhile is found too; and
+        one whose copy has failed is found again.
+        What others could not fetch from it is given up: a broken link must not keep it for ever.
+        """
         for ws in self.by_load[LEAVING]:
             while ws.leaving and not ws.leaving[-1].arriving:
                 ws.leaving.pop()  # The copy is there; or it failed, or is not needed any more.
             # Others may have come or gone since it was last looked at what only this one has.
-            if not ws.leaving:
-                self.hand_over(ws)
+            for ts in () if ws.leaving else ws.has_what:
+                if self.staying and self.staying.keys().isdisjoint(ts.who_has) and not ts.stuck:
+                    ws.leaving.append(ts)
+                    if not ts.arriving:
+                        self.copy(ts, self.next_holder())
             if not ws.leaving:
                 return ws
 
@@ -2104,20 +2112,6 @@ class SchedulerMind(Mind):
         if not ts.arriving:
             for cs in list(ts.who_wants):
                 self.tell(cs, ts)
-
-    def hand_over(self, ws):
-        """Copy what no worker that stays has, but ``ws``, which leaves, to one that stays.
-
-        ``ws.leaving`` holds what is being copied; when it is empty, and nothing more is found here,
-        the worker may go.  A value that is computed, or copied, there meanwhile is found too; and
-        one whose copy has failed is found again.
-        What others could not fetch from it is given up: a broken link must not keep it for ever.
-        """
-        for ts in ws.has_what:
-            if self.staying and self.staying.keys().isdisjoint(ts.who_has) and not ts.stuck:
-                ws.leaving.append(ts)
-                if not ts.arriving:
-                    self.copy(ts, self.next_holder())
 
     def add_replica(self, ts, ws):
         """``ws`` holds the value, which can be fetched there."""

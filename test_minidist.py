@@ -1357,7 +1357,7 @@ WorkerMind.arrived | self.mark(attempt) | pass | validate
 # A result is released too early, ...
 SchedulerMind.goal | if not (ts.who_wants or ts.waiters): | if not ts.who_wants: | validate
 ClientMind.stimulus_release | if state.count: | if False: | no_live_future_is_cancelled
-SchedulerMind.may_go | self.hand_over(ws) | pass | no_early_free
+SchedulerMind.may_go | not ts.stuck | False | no_early_free
 # ... or never.
 SchedulerMind.leave_memory | self.send_name(ws.id, "free-keys", (ts.key, ts.attempt)) | pass | agreement
 SchedulerMind.stimulus_task_finished | self.send_name(worker, "free-keys", (ts.key, attempt)) | 0 | agreement
