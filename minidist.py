@@ -255,24 +255,14 @@ def convert(kind, value, frames):
     if type(kind) is tuple:
         return tuple([convert(k, item, frames) for k, item in zip(kind, value, strict=True)])
     if type(kind) is list and type(value) is list:
-        (of,) = kind
-        return [item if type(item) is of else convert(of, item, frames) for item in value]
+        return [convert(kind[0], item, frames) for item in value]
     raise TypeError(f"{value!r:.80} is no {kind}")
 
 
-def parse_line(line):
-    """A line of MESSAGES as (senders, names of the fields, [(kind, plain)]).
-
-    What comes as ``plain``, a type, needs no conversion: that is most of what comes.
-    """
-    route, _, fields = line.partition(":")
-    names = fields.split()
-    senders = route.partition(" > ")[0].split("|")
-    kinds = [FIELDS[name] for name in names]
-    return senders, names, [(kind, str if kind is to_key else kind) for kind in kinds]
-
-
-OPS = {op: parse_line(line) for op, line in MESSAGES.items()}
+OPS = {  # {op: (senders, names of the fields, their kinds)}
+    op: (route.split(" > ")[0].split("|"), names.split(), [FIELDS[n] for n in names.split()])
+    for op, (route, names) in ((op, line.split(":")) for op, line in MESSAGES.items())
+}
 
 
 def check_message(message, frames, sender):
@@ -288,8 +278,8 @@ def check_message(message, frames, sender):
         senders, names, kinds = OPS[message[0]]
         if sender not in senders or len(message) != 1 + len(names):
             raise ValueError(f"a {sender} sends {names}, if at all")
-        for place, (kind, plain) in enumerate(kinds, 1):
-            if type(message[place]) is not plain:
+        for place, kind in enumerate(kinds, 1):
+            if type(message[place]) is not kind:  # Else, as mostly, there is nothing to convert.
                 message[place] = convert(kind, message[place], frames)
     except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"not a message: {message!r:.200} ({error})") from error
@@ -3767,7 +3757,7 @@ def repeat(body, op, args, recorded):
     """Give a mind one recorded stimulus; raise ValueError if it does not say what it said then."""
     _, _, kinds = OPS.get(op, ((), (), ()))
     # (The last of them: of who registers, the id stands in the peer's place.)
-    for place, (kind, _) in enumerate(kinds[1 - len(args) :], 1):
+    for place, kind in enumerate(kinds[1 - len(args) :], 1):
         # Where there were frames, their digests will do: no mind looks into them.
         args[place] = tuple(args[place]) if kind is to_frames else convert(kind, args[place], ())
     body.state.outbox = []
