@@ -1263,7 +1263,7 @@ class SchedulerMind(Mind):
                     self.copy(ts, ws)
                 if again and (other := self.next_holder(lambda ws: ws not in ts.who_has)):
                     self.copy(ts, other)
-            self.tell(cs, ts)  # While copies are under way, after the last of them.
+            self.tell(ts, cs)  # While copies are under way, after the last of them.
 
     def stimulus_query(self, client, number, what, keys):
         """A client looks inside: rows of what is known of tasks, or of the workers so called.
@@ -1839,8 +1839,7 @@ class SchedulerMind(Mind):
             if ts in dependent.waiting_on:
                 del dependent.waiting_on[ts]
                 self.mark(dependent)
-        for cs in list(ts.who_wants):
-            self.tell(cs, ts)
+        self.tell(ts)
         ts.value = ()  # What rode along was forwarded; the scheduler keeps none.
 
     def leave_memory(self, ts):
@@ -1874,8 +1873,7 @@ class SchedulerMind(Mind):
             if dependent.state != "processing" or ts.error[1] == GIVEN_UP:
                 dependent.error = ts.error
                 self.mark(dependent)
-        for cs in list(ts.who_wants):
-            self.tell(cs, ts)
+        self.tell(ts)
 
     def leave_erred(self, ts):
         """It is retried, or nobody needs it: what went wrong is forgotten, blame and misses too."""
@@ -1942,7 +1940,7 @@ class SchedulerMind(Mind):
         ts.who_wants = ts.who_wants or {}
         ts.who_wants[cs], cs.wants_what[ts] = None, number
         if tell:
-            self.tell(cs, ts)
+            self.tell(ts, cs)
         self.mark(ts)
 
     def let_go(self, cs, ts):
@@ -2100,8 +2098,7 @@ class SchedulerMind(Mind):
             ts.processing_on = None
         self.copy_further(ts)
         if not ts.arriving:
-            for cs in list(ts.who_wants):
-                self.tell(cs, ts)
+            self.tell(ts)
 
     def add_replica(self, ts, ws):
         """``ws`` holds the value, which can be fetched there."""
@@ -2158,26 +2155,28 @@ class SchedulerMind(Mind):
             ts.who_has[first] = ts.who_has.pop(first)
         return [ws.id for ws in islice(ts.who_has, LIMITS["holders"])]
 
-    def tell(self, cs, ts):
-        """Tell a client how a task that it wants has ended, if so; or that no worker may run it.
+    def tell(self, ts, *some):
+        """Tell clients how a task that they want has ended, if so; or that no worker may run it.
 
+        That is all who want it, or ``some``.
         While copies of it are being made, they are waited for: so a scatter with ``broadcast``
         returns when each worker has it, or failed to get it, and who could not fetch it is told of
         the new holder.
         """
-        want = cs.wants_what[ts]
-        if cs is self.keeper and ts.state in ("memory", "erred"):
-            self.let_go(cs, ts)
-        elif ts.state == "erred" and ts.error[1] == GIVEN_UP:
-            self.send(cs.id, "key-cancelled", ts.key, want, ts.error[2])
-            self.let_go(cs, ts)
-        elif ts.state == "erred":
-            self.send(cs.id, "key-erred", ts.key, want, *ts.error)
-        elif ts.state == "memory" and ts.who_has and not ts.arriving:
-            news = (ts.attempt, ts.nbytes, ts.type, self.holders(ts), ts.value)
-            self.send(cs.id, "key-in-memory", ts.key, want, *news)
-        elif ts.state == "no-worker":
-            self.warn(cs, ts)
+        for cs in some or list(ts.who_wants):
+            want = cs.wants_what[ts]
+            if cs is self.keeper and ts.state in ("memory", "erred"):
+                self.let_go(cs, ts)
+            elif ts.state == "erred" and ts.error[1] == GIVEN_UP:
+                self.send(cs.id, "key-cancelled", ts.key, want, ts.error[2])
+                self.let_go(cs, ts)
+            elif ts.state == "erred":
+                self.send(cs.id, "key-erred", ts.key, want, *ts.error)
+            elif ts.state == "memory" and ts.who_has and not ts.arriving:
+                news = (ts.attempt, ts.nbytes, ts.type, self.holders(ts), ts.value)
+                self.send(cs.id, "key-in-memory", ts.key, want, *news)
+            elif ts.state == "no-worker":
+                self.warn(cs, ts)
 
     def warn(self, cs, ts):
         """Until a worker joins, one warning is enough for all that wait for the same."""

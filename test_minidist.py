@@ -1370,7 +1370,7 @@ ClientMind.known | state.count += 1 | pass | no_live_future_is_cancelled
 SchedulerMind.add_replica | ts.who_has[ws] = ws.has_what[ts] = None | ts.who_has[ws] = None | validate
 SchedulerMind.remove_replica | ws.nbytes -= ts.nbytes | pass | validate
 # Somebody is not told.
-SchedulerMind.end_arrival | self.tell(cs, ts) | pass | agreement
+SchedulerMind.end_arrival | self.tell(ts) | pass | agreement
 SchedulerMind.stimulus_put_failed | self.end_arrival(ts, attempt) | pass | liveness
 WorkerMind.missed | in self.needed_by.get(name, ()) | in () | validate
 # A retry loses its dependencies.
