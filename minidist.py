@@ -786,10 +786,9 @@ class ClientMind(FetchingMind):
         client.  (But who scatters once more what is here, waits for the notice.)
         """
         state = self.futures.get(key)
-        if state is None or state.want != want or (state.final and not state.data):
-            return None
-        self.fetching.pop((key, state.attempt), None)
-        return state
+        if state and state.want == want and (state.data or not state.final):
+            self.fetching.pop((key, state.attempt), None)
+            return state
 
     def known(self, key, call):
         """The state of a key that is wanted already, with one more reference; or None."""
@@ -1554,18 +1553,15 @@ class SchedulerMind(Mind):
 
     def fill(self):
         """Send what waits for as long as there is room."""
-        while True:
-            while self.changed:
-                ws, _ = self.changed.popitem()
-                while ts := self.next_for(ws):
-                    self.process(ts, ws)
-                if ws.queue and (self.by_load[EMPTY] or self.by_load[FREE]):
-                    for idle in self.candidates(ws.queue.peek(), lambda ws: not ws.queue):
-                        if idle and idle.load <= FREE and not idle.queue:
-                            self.changed[idle] = None  # It may steal.
-            ts = self.queue.peek()
-            if not ts or not (ws := self.room_for(ts)):
-                return
+        while self.changed:
+            ws, _ = self.changed.popitem()
+            while ts := self.next_for(ws):
+                self.process(ts, ws)
+            if ws.queue and (self.by_load[EMPTY] or self.by_load[FREE]):
+                for idle in self.candidates(ws.queue.peek(), lambda ws: not ws.queue):
+                    if idle and idle.load <= FREE and not idle.queue:
+                        self.changed[idle] = None  # It may steal.
+        while (ts := self.queue.peek()) and (ws := self.room_for(ts)):
             self.process(ts, ws)
 
     def may_go(self):
@@ -2097,8 +2093,7 @@ class SchedulerMind(Mind):
         if ts.attempt == attempt:
             ts.processing_on = None
         self.copy_further(ts)
-        if not ts.arriving:
-            self.tell(ts)
+        self.tell(ts)
 
     def add_replica(self, ts, ws):
         """``ws`` holds the value, which can be fetched there."""

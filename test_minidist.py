@@ -1344,7 +1344,7 @@ print(hashlib.sha256(repr(logs).encode()).hexdigest())"""
 
 PLANTED = """
 # A stale message is believed: a number is not compared.
-ClientMind.current | state.want != want | False | honesty
+ClientMind.current | state.want == want | True | honesty
 # An abandoned attempt is adopted by a later want.
 SchedulerMind.end_attempt | current = ts.attempt == attempt | ts = self.tasks.get(ts.key, ts); current = ts.state == "processing"; ts.attempt = attempt if current else ts.attempt | oracle
 # A value is freed by its key alone.
