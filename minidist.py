@@ -311,16 +311,13 @@ class HeapSet(dict):
     def discard(self, item):
         del self[item]
         if len(self.heap) > 2 * len(self) + 16:
-            self.heap = [(item.priority, item) for item in self]
-            heapq.heapify(self.heap)
+            self.heap = sorted((item.priority, item) for item in self)  # (That is a heap, too.)
 
     def peek(self):
         """The item that is next, or None."""
-        while self.heap:
-            _, item = self.heap[0]
-            if item in self:
-                return item
+        while self.heap and self.heap[0][1] not in self:
             heapq.heappop(self.heap)
+        return self.heap[0][1] if self.heap else None
 
 
 class Mind:
