@@ -1404,8 +1404,7 @@ class SchedulerMind(Mind):
         """
         # dask: whatever was on the worker is blamed, also what had not started.
         ts.suspect, ts.witness = ts.witness or blamed, True
-        if blamed:
-            ts.deaths = (*ts.deaths, departed)
+        ts.deaths += (departed,) if blamed else ()
         if len(ts.deaths) > ALLOWED_FAILURES:
             text = f"{ts.key!r} was alone on each of these when they died: {'; '.join(ts.deaths)}"
             text += ": try that call in a Python of its own, and look at its memory"
@@ -1651,11 +1650,10 @@ class SchedulerMind(Mind):
         Only a few are compared: with thousands of workers, deciding must not cost a scan.  Those
         that are about to go have the highest load of all, which nobody asks for.
         """
-        for group in self.by_load[: most + 1]:
-            if group:
-                some = islice(filter(fits, group), LIMITS["holders"])
-                if ws := min(some, key=lambda ws: ws.occupancy // ws.nthreads, default=None):
-                    return ws
+        for group in filter(None, self.by_load[: most + 1]):
+            some = islice(filter(fits, group), LIMITS["holders"])
+            if ws := min(some, key=lambda ws: ws.occupancy // ws.nthreads, default=None):
+                return ws
 
     def next_holder(self, fits=None):
         """The next worker to be given a value: each in its turn, so that no memory fills alone."""

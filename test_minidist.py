@@ -1376,7 +1376,7 @@ WorkerMind.missed | in self.needed_by.get(name, ()) | in () | validate
 # A retry loses its dependencies.
 SchedulerMind.stimulus_retry | each.error or |  | honesty
 # An innocent is blamed; a suspect does not run alone.
-SchedulerMind.suspect | if blamed: | if True: | honesty
+SchedulerMind.suspect | if blamed else | if True else | honesty
 SchedulerMind.has_room | ws.load == EMPTY | ws.load <= FREE | validate
 # A message does not say which data was lost, with which worker, or which deaths are to blame.
 SchedulerMind.give_up | the data {ts.key!r} | data | honesty
