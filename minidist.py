@@ -1939,10 +1939,9 @@ class SchedulerMind(Mind):
         del cs.wants_what[ts], ts.who_wants[cs]
         self.mark(ts)
         if cs in ts.givers:
-            asked = next(iter(ts.givers)) is cs and ts.processing_on
-            del ts.givers[cs]
-            if asked:
+            if next(iter(ts.givers)) is cs and ts.processing_on:
                 self.end_arrival(ts, ts.attempt)
+            del ts.givers[cs]
 
     def give_up(self, ts):
         """Data that nobody has is lost for good, and with it whatever waits for it.
@@ -2376,9 +2375,9 @@ class WorkerMind(FetchingMind):
 
         One that is not here has ended: its end and this request cross.
         """
-        for attempt in [self.attempts.get(number) for number in attempts]:
-            if attempt is not None and attempt.state != "executing":
-                self.give_back(attempt)
+        for number in attempts:
+            if number in self.attempts:
+                self.give_back(self.attempts[number])
         self.settle()
 
     def stimulus_time_passes(self, now_us):
@@ -2401,8 +2400,7 @@ class WorkerMind(FetchingMind):
         self.leaving = True
         self.send(SCHEDULER, "leave")  # First: else the scheduler might send it back to us.
         for attempt in self.attempts.values():
-            if attempt.state != "executing":
-                self.give_back(attempt)
+            self.give_back(attempt)
         self.settle()
 
     def stimulus_put_data(self, client, key, attempt, value):
@@ -2474,8 +2472,9 @@ class WorkerMind(FetchingMind):
             attempt.told[0].append((*name, misses))
 
     def give_back(self, attempt):
-        """It goes back, so far without a miss (``missed`` adds those)."""
-        self.decree(attempt, "returned", [])
+        """It goes back, unless it has begun; so far without a miss (``missed`` adds those)."""
+        if attempt.state != "executing":
+            self.decree(attempt, "returned", [])
 
     def decree(self, attempt, fate, *told):
         """Seal what becomes of it; ``told`` are the fields of the message that will say so."""
