@@ -1657,8 +1657,7 @@ class SchedulerMind(Mind):
 
     def next_holder(self, fits=None):
         """The next worker to be given a value: each in its turn, so that no memory fills alone."""
-        ws = next(filter(fits, self.staying), None)
-        if ws:
+        if ws := next(filter(fits, self.staying), None):
             self.staying.move_to_end(ws)
         return ws
 
@@ -2084,8 +2083,7 @@ class SchedulerMind(Mind):
         """
         del ts.arriving.pop(attempt).arriving[attempt]
         self.mark(ts)
-        if ts.attempt == attempt:
-            ts.processing_on = None
+        ts.processing_on = None  # (Of a copy's task it is: that is in memory.)
         self.copy_further(ts)
         self.tell(ts)
 
