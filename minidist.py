@@ -1031,7 +1031,7 @@ class ClientState:
 # little that more may be sent; it has enough; it takes no more.
 EMPTY, FREE, ROOM, FULL, LEAVING = range(5)
 GIVEN_UP = "CancelledError"  # the kind of an error that is a cancel: data was lost
-WAITING = ("waiting", "queued", "no-worker")
+WAITING = ("waiting", "queued", "no-worker")  # for inputs, for room, for somebody to have room
 
 
 class SchedulerMind(Mind):
@@ -2083,7 +2083,7 @@ class SchedulerMind(Mind):
         """
         del ts.arriving.pop(attempt).arriving[attempt]
         self.mark(ts)
-        ts.processing_on = None  # (Of a copy's task it is: that is in memory.)
+        ts.processing_on = None  # (It is anyhow, if this was a copy: its task is in memory.)
         self.copy_further(ts)
         self.tell(ts)
 
