@@ -3279,11 +3279,7 @@ def dropping(peer):
         logger.warning("Dropped %s: %s", peer, error)
     except (OSError, EOFError) as error:
         # What it means that a peer is gone is the mind's business; if the network is, the reader's.
-        if getattr(error, "errno", None) in (
-            errno.ETIMEDOUT,
-            errno.EHOSTUNREACH,
-            errno.ENETUNREACH,
-        ):
+        if getattr(error, "errno", 0) in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH):
             logger.warning("The connection to %s broke: %s", peer, error)
     except Exception:
         logger.exception("Dropped %s: what it sent cannot be", peer)
