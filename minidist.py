@@ -43,7 +43,6 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import contextvars
-import datetime
 import errno
 import functools
 import gc
@@ -3259,7 +3258,7 @@ def seconds(timeout):
     """A timeout in seconds: None, a number, a timedelta, or a string like "10 ms", "2 minutes"."""
     if timeout is None or (isinstance(timeout, (int, float)) and not isinstance(timeout, bool)):
         return timeout
-    if isinstance(timeout, datetime.timedelta):
+    if hasattr(timeout, "total_seconds"):  # a timedelta
         return timeout.total_seconds()
     match = re.fullmatch(r"\s*([\d.]+(?:e[-+]?\d+)?)\s*([a-z]*)\s*", str(timeout).lower())
     unit = match and UNITS.get(match[2], UNITS.get(match[2].removesuffix("s")))
