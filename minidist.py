@@ -3005,14 +3005,11 @@ def dump_function(func):
     return dump_by_value(func) if len(frames) > 1 else frames[0], func, name
 
 
-class Apart:
+class Apart(namedtuple("Apart", "load future")):
     """What is large in the calls of a ``map``: it travels once, as the value of a future.
 
     That is its frames, and not the object: so each call has one of its own, here as elsewhere.
     """
-
-    def __init__(self, load, future):
-        self.load, self.future = load, future
 
     def __reduce__(self):
         return self.load, (self.future,)
