@@ -3050,9 +3050,8 @@ def dump_part(what, obj):
         raise TypeError(f"{text}: make what cannot travel inside the task") from error
 
 
-@functools.lru_cache(maxsize=256)  # Not for ever: a notebook defines a function again and again.
-def load_function(frame):
-    return pickle.loads(frame)
+# Not for ever: a notebook defines a function again and again.
+load_function = functools.lru_cache(maxsize=256)(pickle.loads)
 
 
 def load_call(run_spec, inputs):

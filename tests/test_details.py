@@ -975,7 +975,7 @@ def test_a_large_buffer_travels_once_whichever_pickler_takes_it():
 
 
 def test_a_cached_function_of_a_module_is_the_one_that_is_there():
-    assert pickle.loads(minidist.dump_by_value(minidist.load_function)) is minidist.load_function
+    assert pickle.loads(minidist.dump_by_value(minidist.callbacks)) is minidist.callbacks
 
 
 def test_who_registers_a_second_time_is_dropped(caplog):
