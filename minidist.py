@@ -3324,8 +3324,9 @@ class Body(Shown, Entered):
     anything that it has said is sent.
     """
 
-    role = ""  # as what it introduces itself to a peer that it connects to, ...
-    role_when_called = ""  # ... and to one that connects to it
+    # ``role``: as what it introduces itself to a peer that it connects to; ``role_when_called``: to
+    # one that connects to it.
+    role = ""
     server = None  # of asyncio, while it listens
     waking = False  # its loop is going to flush, because ``wake`` has said so
     id = ""  # the worker process that whoever connects has to mean
@@ -3379,8 +3380,7 @@ class Body(Shown, Entered):
     async def welcome(self, reader, writer):
         """Serve a peer with whom hands can be shaken, until its stream ends."""
         connection = Connection()
-        who = ":".join(map(str, writer.get_extra_info("peername") or "?"))
-        with dropping(who):
+        with dropping(":".join(map(str, writer.get_extra_info("peername") or "?"))):
             await connection.open(reader, writer, self.role_when_called, self.id, accepting=True)
             await self.serve(connection)
 
