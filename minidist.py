@@ -5435,8 +5435,7 @@ class LocalCluster(Threaded):
     def __init__(
         self, n_workers=None, threads_per_worker=None, processes=True, asynchronous=False, **options
     ):
-        cores = os.cpu_count() or 1
-        threads = threads_per_worker
+        cores, threads = os.cpu_count() or 1, threads_per_worker
         if threads is not None:
             threads = whole("threads_per_worker", threads, least=1)
         if n_workers is None:
@@ -5456,15 +5455,14 @@ class LocalCluster(Threaded):
         self._live(asynchronous)
 
     async def _start(self):
-        await self.scheduler.__aenter__()
+        await self.scheduler
         self.address = self.scheduler_address = self.scheduler.address
         end = self.scheduler.start(self._end())
         for name in map(str, range(self.n_workers)):
             if self.processes:
                 self.keepers[name] = self.scheduler.start(self._keep(name))
             else:
-                self.workers.append(Worker(self.address, self.threads_per_worker, name))
-                await self.workers[-1].__aenter__()
+                self.workers.append(await Worker(self.address, self.threads_per_worker, name))
         deadline = time.monotonic() + LIMITS["start_seconds"]
         while (there := len(self.scheduler.state.workers)) < self.n_workers:
             if time.monotonic() > deadline:
@@ -5506,8 +5504,7 @@ class LocalCluster(Threaded):
         await self.scheduler.close()
 
     def _facts(self):
-        rows = [facts for _, facts in self.scheduler.state.facts_workers(())]
-        return [self.address, described(rows)]
+        return [self.address, described(dict(self.scheduler.state.facts_workers(())).values())]
 
 
 # What a worker's environment has, unless the user says otherwise.  Strings have one hash in all of
