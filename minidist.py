@@ -5679,11 +5679,10 @@ async def run_scheduler(options):
     gc.set_threshold(100_000, 50, 50)
     ports = range(DEFAULT_PORT, DEFAULT_PORT + 100) if options.port is None else [options.port]
     for port in ports:
-        scheduler = Scheduler(options.host, port, options.worker_ttl, options.record)
         try:
-            async with scheduler:
-                print(f"Scheduler at {scheduler.address}", flush=True)
-                return await scheduler.ended.wait()
+            async with Scheduler(options.host, port, options.worker_ttl, options.record) as body:
+                print(f"Scheduler at {body.address}", flush=True)
+                return await body.ended.wait()
         except OSError as error:
             if error.errno != errno.EADDRINUSE or port == ports[-1]:
                 raise
@@ -5758,13 +5757,14 @@ async def run_worker(options):
 async def run_workers(options):
     """Several worker processes, which end with this one."""
     common = [options.address, "--nthreads", options.nthreads, "--log-level", options.log_level]
+
+    def start(number):
+        name = ["--name", f"{options.name}-{number}"] if options.name else []
+        return worker_process(*common, *name, ended_by=signal.SIGTERM)
+
     # They leave one after the other: so each can hand its data over to the next.
     async with contextlib.AsyncExitStack() as parts:
-        processes = []
-        for number in range(options.nworkers):
-            name = ["--name", f"{options.name}-{number}"] if options.name else []
-            process = worker_process(*common, *name, ended_by=signal.SIGTERM)
-            processes.append(await parts.enter_async_context(process))
+        processes = [await parts.enter_async_context(start(n)) for n in range(options.nworkers)]
         codes = await asyncio.gather(*(process.wait() for process in processes))
     if any(codes):
         raise ConnectionError("workers ended with exit codes " + ", ".join(map(str, codes)))
