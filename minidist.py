@@ -5532,7 +5532,7 @@ async def worker_process(*arguments, ended_by):
     command += ["worker", *map(str, arguments), "--until-stdin-ends"]
     # In a session of its own: Ctrl-C in the terminal is for us, and may only interrupt a wait.
     options = {"stdin": subprocess.PIPE, "start_new_session": True}
-    options["env"] = {**ENVIRONMENT, **os.environ, "MINIDIST_DEPTH": str(DEPTH + 1)}
+    options["env"] = ENVIRONMENT | os.environ | {"MINIDIST_DEPTH": str(DEPTH + 1)}
     process = await asyncio.create_subprocess_exec(*command, **options)
     try:
         yield process
@@ -5620,11 +5620,14 @@ def parse_key(text):
 
 
 def main(argv=None):
-    """The command line: ``minidist scheduler``, ``worker``, ``replay``; returns the exit code."""
+    """The command line: ``minidist scheduler``, ``worker``, ``replay``.
+
+    Returns what ``sys.exit`` takes: None, or the line that says why, which is then exit code 1.
+    """
     options = parse(argv)
     if argv is None and options.command == "worker" and not ENVIRONMENT.keys() <= os.environ.keys():
-        os.environ |= {**ENVIRONMENT, **os.environ}
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # (It is read at the start.)
+        # Python and the libraries read it at their start.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], ENVIRONMENT | os.environ)
     # Only what minidist says: how tasks log is their own business.
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -5636,9 +5639,7 @@ def main(argv=None):
     except (KeyboardInterrupt, asyncio.CancelledError):
         pass  # Leave at once, and in order.
     except (OSError, ValueError, OverflowError) as error:
-        print(f"minidist {options.command}: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return f"minidist {options.command}: {error}"
 
 
 async def until_stopped(coroutine):
