@@ -5569,7 +5569,7 @@ def describe_exit(code):
 # to standard error.
 
 DEFAULT_PORT = 8786
-LEVELS = ("debug", "info", "warning", "error")
+LEVELS = {"choices": ("debug", "info", "warning", "error"), "default": "info"}
 
 
 def parse(argv):
@@ -5583,8 +5583,7 @@ def parse(argv):
         """A command; returns the function that adds an argument to it."""
         parser = commands.add_parser(run.__name__.removeprefix("run_"), help=about)
         parser.set_defaults(run=run)
-        least = "the least that is logged (info)"
-        parser.add_argument("--log-level", choices=LEVELS, default="info", help=least)
+        parser.add_argument("--log-level", **LEVELS, help="the least that is logged (info)")
         return parser.add_argument
 
     add = command(run_scheduler, "start a scheduler")
@@ -5718,8 +5717,7 @@ def facts(record):
             return {brief(key): brief(item) for key, item in value.items()}
         return getattr(value, "key", getattr(value, "id", value))
 
-    fields = ((name, getattr(record, name)) for name in record.__slots__)
-    return {name: brief(value) for name, value in fields if value}
+    return {name: brief(value) for name in record.__slots__ if (value := getattr(record, name))}
 
 
 async def run_worker(options):
