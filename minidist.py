@@ -3134,8 +3134,8 @@ def pack_exception(error, skip=0):
 
     links = []
     while error is not None and len(links) < 20:
-        steps = traceback.walk_tb(has("__traceback__"))
-        codes = [(frame.f_code, line or 0) for frame, line in steps]  # Some code has no lines.
+        # (Some code has no lines.)
+        codes = [(f.f_code, line or 0) for f, line in traceback.walk_tb(has("__traceback__"))]
         places = [(c.co_filename, line, c.co_name, c.co_firstlineno) for c, line in codes]
         data = b""
         with contextlib.suppress(BaseException):  # Whatever it does then is the task's failure.
