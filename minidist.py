@@ -3177,16 +3177,15 @@ def rebuild_traceback(places):
     """
     # (tblib, whose idea it is, compiles code that raises, and runs it.)
     tb = None
-    for filename, line, name, first in reversed(places):
+    for file, line, name, first in reversed(places):
         # Its table of lines, as CPython documents it: eight instructions in no column, so that
         # nothing is underlined; and how many lines after the first, doubled, and one more if it is
         # before: six bits in a byte, the lowest first, and a seventh says that more follow.
         after = abs(line - first) << 1 | (line < first)
         low = [after >> bits & 63 | 64 for bits in range(0, 30, 6)]
-        names = {"co_filename": filename, "co_name": name, "co_qualname": name}
-        names |= {"co_firstlineno": first, "co_linetable": bytes([0xEF, *low, after >> 30])}
-        code = (lambda: (yield)).__code__.replace(**names)
-        frame = types.FunctionType(code, {"__file__": filename})().gi_frame
+        code = (lambda: (yield)).__code__.replace(co_filename=file, co_name=name, co_qualname=name)
+        code = code.replace(co_firstlineno=first, co_linetable=bytes([0xEF, *low, after >> 30]))
+        frame = types.FunctionType(code, {"__file__": file})().gi_frame
         tb = types.TracebackType(tb, frame, 0, line)
     return tb
 
