@@ -56,7 +56,6 @@ import json
 import logging
 import math
 import numbers
-import operator
 import os
 import pickle
 import re
@@ -3228,13 +3227,11 @@ logger = logging.getLogger("minidist")
 
 def whole(option, number, least):
     """A whole number that a user gave.  Raises TypeError if it is none, ValueError if it is out."""
-    try:
-        number = operator.index(number)
-    except TypeError:
-        raise TypeError(f"{option}={number!r:.80} is no whole number") from None
+    if not isinstance(number, numbers.Integral):
+        raise TypeError(f"{option}={number!r:.80} is no whole number")
     if not least <= number < 1 << 63:
         raise ValueError(f"{option}={number} is too {'small' if number < least else 'large'}")
-    return number
+    return int(number)
 
 
 def whether(option, value):
