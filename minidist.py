@@ -3471,16 +3471,16 @@ def reachable(host):
 
     A machine has several; the right one is where its packets for other machines leave from.
     """
-    elsewhere = {"0.0.0.0": "192.0.2.1", "::": "2001:db8::1"}  # where no machine is
-    if host not in elsewhere:
-        return host
-    four = host == "0.0.0.0"
-    family = socket.AF_INET if four else socket.AF_INET6
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((elsewhere[host], 9))  # Sends nothing; only asks for the route out.
-        return probe.getsockname()[0]
-    logger.warning("This machine has no route to others: they may have to use another address")
-    return "127.0.0.1" if four else "::1"
+    # (Of each kind of "any", this machine's own address, and one where no machine is.)
+    kinds = {"0.0.0.0": ("127.0.0.1", "192.0.2.1"), "::": ("::1", "2001:db8::1")}
+    if host in kinds:
+        host, elsewhere = kinds[host]
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((elsewhere, 9))  # Sends nothing; only asks for the route out.
+            return probe.getsockname()[0]
+        logger.warning("This machine has no route to others: they may have to use another address")
+    return host
 
 
 async def reach_scheduler(address, body, timeout):
