@@ -5630,9 +5630,9 @@ def main(argv=None):
     logger.setLevel(options.log_level.upper())
     logger.propagate = False
     try:
-        asyncio.run(until_stopped(options.run(options)))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        pass  # Leave at once, and in order.
+        # (Who asks it to end has it leave at once, and in order.)
+        with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):
+            asyncio.run(until_stopped(options.run(options)))
     except (OSError, ValueError, OverflowError) as error:
         return f"minidist {options.command}: {error}"
 
@@ -5775,8 +5775,7 @@ def end_with_stdin():
     then, whether our parent is still the same.
     """
     lifeline, parent = os.dup(0), os.getppid()
-    with open(os.devnull) as empty:
-        os.dup2(empty.fileno(), 0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     # (Nobody writes to it: that it can be read is its end.)
     while os.getppid() == parent and not select.select([lifeline], [], [], 1)[0]:
         pass
