@@ -2923,9 +2923,8 @@ class Pickler(cloudpickle.Pickler):
         reduced = super().reducer_override(obj)
         if isinstance(reduced, tuple) and vars(obj).get("__slots__"):
             # (Without them its objects would have a dict there, for which they have no place here.)
-            for names in reduced[1]:
-                if isinstance(names, dict) and "__module__" in names:
-                    names["__slots__"] = obj.__slots__
+            for names in [a for a in reduced[1] if isinstance(a, dict) and "__module__" in a]:
+                names["__slots__"] = obj.__slots__
         return reduced
 
 
@@ -3353,9 +3352,9 @@ class Body(Shown, Entered):
         for link in self.links.values():
             link.flush()
         others = self.tasks - {asyncio.current_task()}
-        for task in others:
-            if not task.cancelling():  # Else it is ending, and may have to clean up.
-                task.cancel()
+        # (What is cancelled already is ending, and may have to clean up.)
+        for task in [task for task in others if not task.cancelling()]:
+            task.cancel()
         # (Shielded: if another ``stop`` cancels this one, those that clean up go on.)
         await asyncio.shield(asyncio.gather(*others, return_exceptions=True))
 
