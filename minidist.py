@@ -39,7 +39,6 @@ The life of one ``submit()``.  Each method opens its docstring with its number i
 import argparse
 import asyncio
 import atexit
-import collections.abc
 import concurrent.futures
 import contextlib
 import contextvars
@@ -71,7 +70,7 @@ import traceback
 import types
 import typing
 import warnings
-from collections import OrderedDict, deque, namedtuple
+from collections import Counter, OrderedDict, abc, deque, namedtuple
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, count, islice, zip_longest
@@ -4826,7 +4825,7 @@ class Client(Threaded, Body):
             fields = (key, frames, sizeof(item), type_name(item), *options)
             return self._begin(self.state.stimulus_scatter, *fields)
 
-        if isinstance(data, (collections.abc.Iterator, Future)):
+        if isinstance(data, (abc.Iterator, Future)):
             raise TypeError(f"{data!r:.80} cannot be scattered: gather it, or make it a list")
         if type(data) is dict:
             futures = {key: scatter_one(item, check_key(key)) for key, item in data.items()}
@@ -4975,7 +4974,7 @@ class Client(Threaded, Body):
         """
 
         def add_up(facts):
-            sizes = collections.Counter()
+            sizes = Counter()
             for key, nbytes in facts.items():
                 sizes[first_part(key) if summary else key] += nbytes
             return dict(sizes)
@@ -5098,7 +5097,7 @@ def thaw(fact):
 
 def listed(obj):
     """What can be gone through only once, or is a view of a dict, as a list."""
-    views = (collections.abc.Iterator, collections.abc.ValuesView)
+    views = (abc.Iterator, abc.ValuesView)
     return list(obj) if isinstance(obj, views) else obj
 
 
@@ -5188,7 +5187,7 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED):
     return futures[0].client._wait_for(futures, finish, timeout, enough=enough[return_when])
 
 
-class as_completed(collections.abc.Iterator, collections.abc.AsyncIterator):
+class as_completed(abc.Iterator, abc.AsyncIterator):
     """Iterate over futures in the order in which they are done, by ``for`` or ``async for``.
 
     A future is yielded as often as it was given, cancelled ones too.  ``with_results`` yields
