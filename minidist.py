@@ -3106,8 +3106,8 @@ def unique():
 def check_key(key):
     """A key is a string, or a tuple of strings, numbers and tuples; anything else a TypeError."""
     with contextlib.suppress(TypeError, ValueError, RecursionError):
-        same = to_key(json.loads(json.dumps(key)))
-        if same == key:  # Else it holds what JSON makes something else of: a list, or no number.
+        # (Others hold what JSON makes something else of: a list, or no number.)
+        if (same := to_key(json.loads(json.dumps(key)))) == key:
             return same
     raise TypeError(f"a key is a string or a tuple, not {key!r:.80}")
 
