@@ -4120,7 +4120,7 @@ class Future(Shown):
         For an asynchronous client's loop nobody can wait here: until then, it is pending.
         """
         if self._state is None and not self.client.asynchronous:
-            self.client._run(self.client._catch_up(), timeout)
+            self.client._run(self.client._catch_up, timeout=timeout)
         return self._state or FutureState(self.key, 0)
 
     @property
@@ -4350,7 +4350,7 @@ class Threaded(Shown, Entered):
         self.loop, self._thread = loop_in_thread(os.getpid())
         atexit.register(self.close)  # What was posted goes out, and no task is cut off.
         try:
-            self._run(self._start())
+            self._run(self._start)
         except BaseException:
             self.close()  # What was started already ends, also after an interrupt.
             raise
@@ -4381,23 +4381,21 @@ class Threaded(Shown, Entered):
         if self.asynchronous:
             return asyncio.wait_for(self._close(), seconds(timeout))
         if self._pid == os.getpid():
-            self._run(self._close(), seconds(timeout))
+            self._run(self._close, timeout=seconds(timeout))
             atexit.unregister(self.close)
 
-    def _run(self, coroutine, timeout=None):
-        """Run in the loop: an awaitable, or (synchronous) wait for it here.
+    def _run(self, wait, *args, timeout=None):
+        """Run ``wait(*args)`` in the loop: an awaitable, or (synchronous) wait for it here.
 
         An interrupt in the waiting thread ends what it waits for, and nothing else.
         """
         if self.asynchronous:
-            return coroutine
-        why = INHERITED if self._pid != os.getpid() else ""
+            return wait(*args)
+        if self._pid != os.getpid():
+            raise RuntimeError(INHERITED)
         if threading.current_thread() is self._thread:
-            why = "a synchronous client's loop cannot wait for itself: deadlock"
-        if why:
-            coroutine.close()
-            raise RuntimeError(why)
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+            raise RuntimeError("a synchronous client's loop cannot wait for itself: deadlock")
+        future = asyncio.run_coroutine_threadsafe(wait(*args), self.loop)
         try:
             return future.result(timeout)
         finally:
@@ -4593,7 +4591,7 @@ class Client(Threaded, Body):
         self._check_open()
         self._check_own(futures)
         self._post(lambda: stimulus([future._state for future in futures], *arguments))
-        return self._run(self._catch_up())
+        return self._run(self._catch_up)
 
     # Calls that wait.
 
@@ -4609,7 +4607,7 @@ class Client(Threaded, Body):
             return self._then(lambda _: finish(), self._settle, futures, timeout, value, enough)
         if not all(future._state and settled(future._state, value) for future in futures):
             # (Else: without a trip to the loop.)
-            self._run(self._settle(futures, timeout, value, enough))
+            self._run(self._settle, futures, timeout, value, enough)
         return finish()
 
     def _then(self, finish, wait, *args):
@@ -4621,7 +4619,7 @@ class Client(Threaded, Body):
         async def wait_then_finish():
             return finish(await wait(*args))
 
-        return wait_then_finish() if self.asynchronous else finish(self._run(wait(*args)))
+        return wait_then_finish() if self.asynchronous else finish(self._run(wait, *args))
 
     async def _settle(self, futures, timeout=None, value=False, enough=None):
         """The part of ``_wait_for`` that is in the loop.
@@ -4848,7 +4846,7 @@ class Client(Threaded, Body):
                 failure(future._state)
             return futures
 
-        return self._run(put())
+        return self._run(put)
 
     # Results.
 
@@ -4940,21 +4938,21 @@ class Client(Threaded, Body):
         closed, ConnectionError if the scheduler is lost.
         """
         keys = None if futures is None else [future.key for future in futures_of(futures)]
-        return self._run(self._ask("who_has", keys))
+        return self._run(self._ask, "who_has", keys)
 
     def has_what(self, workers=None):
         """{address: keys of the results that the worker holds}, of these workers or of all.
 
         ``workers`` may be named as in ``submit``, here and below.
         """
-        return self._run(self._ask("has_what", names_of(workers)))
+        return self._run(self._ask, "has_what", names_of(workers))
 
     def processing(self, workers=None):
         """{address: keys of the tasks that were sent to the worker, and have not ended}
 
         They run there, or will soon.  What waits for room is on the scheduler, and not in here.
         """
-        return self._run(self._ask("processing", names_of(workers)))
+        return self._run(self._ask, "processing", names_of(workers))
 
     def nthreads(self, workers=None):
         """{address: how many tasks the worker runs at a time}"""
@@ -4987,7 +4985,7 @@ class Client(Threaded, Body):
         Of each: ``id``, ``name``, ``nthreads`` and ``nbytes``, the size of what it holds.
         """
         # dask: in an asynchronous client it is what it was a moment ago; here, too.
-        workers = self._workers if self.asynchronous else self._run(self._ask("workers"))
+        workers = self._workers if self.asynchronous else self._run(self._ask, "workers")
         return {"type": "Scheduler", "address": self._address, "workers": workers}
 
     def story(self, *keys):
@@ -5015,7 +5013,7 @@ class Client(Threaded, Body):
                     raise TimeoutError(f"{there} of {n_workers} workers are there after {limit} s")
                 await asyncio.sleep(0.01)
 
-        return self._run(wait_for_workers())
+        return self._run(wait_for_workers)
 
     def run(self, function, *args, workers=None, on_error="raise", **kwargs):
         """Call a function on every worker, or on ``workers``, outside of the task system.
@@ -5064,7 +5062,7 @@ class Client(Threaded, Body):
             return [self._refusal[1]]
         if not self.asynchronous:
             with contextlib.suppress(OSError, RuntimeError):  # In the loop, nobody can wait.
-                self._run(self._ask("workers"), timeout=1)
+                self._run(self._ask, "workers", timeout=1)
         return [self._address, described(self._workers.values())]
 
 
@@ -5303,7 +5301,7 @@ class as_completed(abc.Iterator, abc.AsyncIterator):
             if self._pending and not self._ready:
                 if self.client.asynchronous:
                     raise TypeError("the futures of an asynchronous client need async for, not for")
-                self.client._run(self._wait())
+                self.client._run(self._wait)
             return self._take(StopIteration)
 
     async def __anext__(self):
@@ -5391,7 +5389,7 @@ def progress(*futures, notebook=None, multi=True, complete=True):
     if notebook:
         handle = IPython.display.display(bars, display_id=True)
         return client._post(client.start, bars.follow(client, lambda: handle.update(bars)))
-    return client._run(bars.follow(client, bars.write if sys.stderr.isatty() else lambda: None))
+    return client._run(bars.follow, client, bars.write if sys.stderr.isatty() else lambda: None)
 
 
 # ---- 10. Local cluster: processes of the very same command line, watched and restarted ----

@@ -198,7 +198,7 @@ def test_nothing_is_left_of_a_bar_that_could_not_be_drawn_when_its_tasks_are_don
     future = c.submit(through, 0)
     bars = Bars([future._known()], multi=True)
     with pytest.raises(BrokenPipeError):
-        c._run(bars.follow(c, draw))
+        c._run(bars.follow, c, draw)
     GATES[0].set()
     wait([future], timeout=30)
     assert not c._watchers and not bars.left
