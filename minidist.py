@@ -4767,36 +4767,31 @@ class Client(Threaded, Body):
             text = "a call of more than 10 MB travels through the scheduler"
             warnings.warn(f"{text}: scatter large arguments first", stacklevel=level)
         name = function[2]
-        if key is None:
-            key = self._new_key(prefix or name, run_spec, pure)
-        return self._begin(self._submit_now, key, name, run_spec, futures, *options)
+        call = (name, futures, *options)
+        return self._begin(self._submit_now, key, prefix or name, run_spec, pure, *call)
 
-    def _submit_now(self, key, name, run_spec, futures, *options):
+    def _submit_now(self, key, run_spec, name, futures, *options):
         inputs = [future._state for future in futures]
         return self.state.stimulus_submit(key, name, run_spec, inputs, *options)
 
-    def _new_key(self, name, frames, pure):
-        """A key that equal calls share, or (not ``pure``) one that nobody has.
-
-        (The kernel is asked for chance once: it takes microseconds.)
-        """
-        return pure_key(name, frames) if pure else f"{name}-{self._unique}{next(self._numbers)}"
-
-    def _begin(self, stimulus, key, *fields):
+    def _begin(self, stimulus, key, name, frames, pure, *fields):
         """A Future; the inbox brings what makes its state to the loop.
 
+        If there is no key, equal frames share one, or (not ``pure``) it gets one that nobody has.
         The entry refers to the future, so that it cannot be deleted before its state is there.
         """
+        if key is None:
+            # (The kernel is asked for chance once: it takes microseconds.)
+            key = pure_key(name, frames) if pure else f"{name}-{self._unique}{next(self._numbers)}"
         future = Future(key, self)
-
-        def begin():
-            future._state = stimulus(key, *fields)
-
-        self._post(begin)
+        self._post(self._enter, future, stimulus, frames, *fields)
         # (In the loop of a synchronous client only finalizers submit, in the midst of anything.)
         if self.asynchronous and threading.current_thread() is self._thread:
             self.flush()
         return future
+
+    def _enter(self, future, stimulus, *fields):
+        future._state = stimulus(future.key, *fields)
 
     def scatter(self, data, workers=None, broadcast=False, direct=None, hash=True, timeout=None):
         """Put data on the workers; return futures of it, when it is there.
@@ -4817,11 +4812,9 @@ class Client(Threaded, Body):
         options = (names_of(workers) or [], whether("broadcast", broadcast))
 
         def scatter_one(item, key=None):
-            frames = dump_part("what is scattered", item)
-            if key is None:
-                key = self._new_key(type(item).__name__, frames, hash)
-            fields = (key, frames, sizeof(item), type_name(item), *options)
-            return self._begin(self.state.stimulus_scatter, *fields)
+            frames, name = dump_part("what is scattered", item), type(item).__name__
+            fields = (sizeof(item), type_name(item), *options)
+            return self._begin(self.state.stimulus_scatter, key, name, frames, hash, *fields)
 
         if isinstance(data, (abc.Iterator, Future)):
             raise TypeError(f"{data!r:.80} cannot be scattered: gather it, or make it a list")
