@@ -4691,11 +4691,9 @@ class Client(Threaded, Body):
         if not iterables or any(isinstance(iterable, Future) for iterable in iterables):
             raise TypeError("map needs iterables to go over; gather a Future first")
         calls = list(zip(*iterables, strict=False))
-        prefix, keys = key, [None] * len(calls)
-        if isinstance(key, (list, tuple)):
-            prefix, keys = None, [check_key(k) for k in key]
-        elif key is not None:
-            check_key(key)
+        listed_keys = isinstance(key, (list, tuple))
+        keys = [check_key(k) for k in key] if listed_keys else [None] * len(calls)
+        prefix = None if listed_keys or key is None else check_key(key)
         if len(keys) != len(calls):
             raise ValueError(f"map got {len(keys)} keys for {len(calls)} calls")
         frame, _, name = function = dump_function(func)
@@ -4707,9 +4705,9 @@ class Client(Threaded, Body):
             if sum(map(len, frames)) > LIMITS["ride_along_bytes"] and not inside:
                 frames = [*map(bytes, frames)]
                 kwargs[what] = self._apart(f"{name}.{what}", loads, frames, pure, options)
-        rest, futures = (pure, options, prefix), []
-        for args, key in zip(calls, keys, strict=True):  # (No frame more, for the warning's place.)
-            futures.append(self._submit(function, args, kwargs, key, *rest))
+        futures = []  # (No comprehension: it would be a frame more, and the warning misplaced.)
+        for args, key in zip(calls, keys, strict=True):
+            futures.append(self._submit(function, args, kwargs, key, pure, options, prefix))
         return futures
 
     def _apart(self, name, load, frames, *options):
