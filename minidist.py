@@ -4087,7 +4087,6 @@ class KilledWorker(Exception):
 
 
 INHERITED = "this client belongs to the parent process: make one of your own"
-RESERVED = {"resources", "actor", "actors", "fifo_timeout"}  # dask's options that are not built
 
 
 class DoneAndNotDoneFutures(namedtuple("DoneAndNotDoneFutures", "done not_done")):
@@ -4717,15 +4716,15 @@ class Client(Threaded, Body):
 
     def _options(self, func, kwargs):
         """Take the options of a task out of ``kwargs``: (priority, workers, loose, retries)."""
-        self._check_call(func, kwargs, RESERVED)
-        priority, retries = kwargs.pop("priority", 0), kwargs.pop("retries", None) or 0
+        # dask: has these options; they are not built here.
+        self._check_call(func, kwargs, {"resources", "actor", "actors", "fifo_timeout"})
+        priority, workers = kwargs.pop("priority", 0), kwargs.pop("workers", None)
         if not isinstance(priority, numbers.Real) or priority != priority:
             raise TypeError(f"priority={priority!r:.80} is no number")
         loose = whether("allow_other_workers", kwargs.pop("allow_other_workers", False))
-        workers = kwargs.pop("workers", None)
         if loose and workers is None:
             raise ValueError("allow_other_workers= without workers=: other than which?")
-        retries = whole("retries", retries, least=0)
+        retries = whole("retries", kwargs.pop("retries", None) or 0, least=0)
         priority = float(max(-MANY, min(priority, MANY)))  # It may be infinite.
         return priority, names_of(workers) or [], loose, retries
 
