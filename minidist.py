@@ -5030,17 +5030,16 @@ class Client(Threaded, Body):
             if workers and not rows:
                 raise ValueError(f"there is no worker called {workers!r}")
             questions = [self._question(row["id"], "run", run_spec) for row in rows.values()]
-            answers = await asyncio.gather(*questions, return_exceptions=True)
-            return list(zip(rows, answers, strict=True))
+            return zip(rows, await asyncio.gather(*questions, return_exceptions=True), strict=True)
 
         def finish(answers):
             results = {}
             for address, answer in answers:
-                if isinstance(answer, list) and answer[0] == "ok":
-                    results[address] = loads(answer[1])
+                status, value = answer if isinstance(answer, list) else ("not asked", answer)
+                if status == "ok":
+                    results[address] = loads(value)
                 elif on_error != "ignore":
-                    told = isinstance(answer, list)
-                    results[address] = unpack_exception(answer[1]) if told else answer
+                    results[address] = unpack_exception(value) if status == "error" else value
                     if on_error == "raise":  # (By no name, as in ``outcome``.)
                         raise to_be_raised(results.pop(address))
             return results
