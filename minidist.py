@@ -4525,8 +4525,7 @@ class Client(Threaded, Body):
         elif op == "goodbye":
             self._scheduler.hang_up()
         elif op in ("answer", "ran"):
-            number, *answer = fields
-            self._answers.pop(number).set_result(answer)  # Also if who asked waits no longer.
+            self._answers.pop(fields[0]).set_result(fields[1:])  # Also if nobody waits any more.
         else:
             super().take(peer, op, fields)
 
