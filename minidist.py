@@ -4549,9 +4549,8 @@ class Client(Threaded, Body):
         if self._inbox:
             self.wake()
         super().flush()
-        for text in self.state.warnings:
-            logger.warning("%s", text)
-        self.state.warnings.clear()
+        while self.state.warnings:
+            logger.warning("%s", self.state.warnings.pop(0))
         news, self.state.news = self.state.news, []
         for state in news:
             for called, value in self._watchers.pop(state, {}).items():
