@@ -5338,21 +5338,18 @@ class Bars:
         self.back = f"\x1b[{len(lines)}A"
 
     def shown(self):
-        """For each row: its name, how many are done, of how many, and that in words."""
+        """Each row, as text and as HTML."""
         for name, (done, failed, total) in self.rows.items():
-            yield name, done, total, f"{done} of {total}" + f", {failed} failed" * bool(failed)
+            words = f"{done} of {total}" + f", {failed} failed" * bool(failed)
+            bar = f"<progress value={done} max={total}></progress>"
+            text = f"{name:20.20} [{'#' * (30 * done // total):30}] {words}"
+            yield text, f"<div>{bar} {html.escape(name)}: {words}</div>"
 
     def __repr__(self):
-        return "\n".join(
-            f"{name:20.20} [{'#' * (30 * done // total):30}] {words}"
-            for name, done, total, words in self.shown()
-        )
+        return "\n".join(text for text, _ in self.shown())
 
     def _repr_html_(self):
-        return "".join(
-            f"<div><progress value={done} max={total}></progress> {html.escape(name)}: {words}</div>"
-            for name, done, total, words in self.shown()
-        )
+        return "".join(shown for _, shown in self.shown())
 
 
 def progress(*futures, notebook=None, multi=True, complete=True):
