@@ -4344,15 +4344,14 @@ class Threaded(Shown, Entered):
     def _live(self, asynchronous):
         """The end of ``__init__``: a synchronous one has started when that returns."""
         self.asynchronous, self._pid = asynchronous, os.getpid()
-        if asynchronous:
-            return
-        self.loop, self._thread = loop_in_thread(os.getpid())
-        atexit.register(self.close)  # What was posted goes out, and no task is cut off.
-        try:
-            self._run(self._start)
-        except BaseException:
-            self.close()  # What was started already ends, also after an interrupt.
-            raise
+        if not asynchronous:
+            self.loop, self._thread = loop_in_thread(os.getpid())
+            atexit.register(self.close)  # What was posted goes out, and no task is cut off.
+            try:
+                self._run(self._start)
+            except BaseException:
+                self.close()  # What was started already ends, also after an interrupt.
+                raise
 
     async def __aenter__(self):
         if not self.asynchronous:
