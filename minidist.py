@@ -4174,11 +4174,8 @@ class Future(Shown):
         None if it raised nothing, or was no Python code, which alone has frames (``int("x")``).
         Takes and raises what ``exception`` does.
         """
-
-        def finish():
-            return getattr(failure(self._state), "__traceback__", None)
-
-        return self.client._wait_for([self], finish, timeout)
+        wait = self.client._wait_for
+        return wait([self], lambda: getattr(failure(self._state), "__traceback__", None), timeout)
 
     def cancel(self, *, force=False):
         """As ``Client.cancel``."""
