@@ -4921,8 +4921,7 @@ class Client(Threaded, Body):
         Like all that looks inside, it asks the scheduler, and raises RuntimeError if this client is
         closed, ConnectionError if the scheduler is lost.
         """
-        keys = None if futures is None else [future.key for future in futures_of(futures)]
-        return self._run(self._ask, "who_has", keys)
+        return self._run(self._ask, "who_has", keys_of(futures and futures_of(futures)))
 
     def has_what(self, workers=None):
         """{address: keys of the results that the worker holds}, of these workers or of all.
