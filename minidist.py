@@ -4427,9 +4427,6 @@ class Client(Threaded, Body):
         super().__init__(ClientMind())
         if address is not None and new:
             raise TypeError(f"a client of a cluster that is there takes no {', '.join(new)}")
-        self._address = getattr(address, "address", address)
-        if self._address is not None:
-            split_address(self._address)
         self.name, self._timeout, self._set_as_default = name, seconds(timeout), set_as_default
         self._inbox = deque()  # (function, *arguments), to be called in the loop
         self._watchers = {}  # {FutureState: {called once it is settled: whether with its value}}
@@ -4439,20 +4436,21 @@ class Client(Threaded, Body):
         self._scheduler = None  # the Connection
         # The exception type and words that new calls get, before it is connected and at its end.
         self._refusal = (RuntimeError, "this client is not connected: await it first")
-        self.cluster = address if isinstance(address, LocalCluster) else None
         self._owns = address is None  # its cluster, which then ends with it
         if self._owns:
-            self.cluster = LocalCluster(asynchronous=asynchronous, **new)
+            address = LocalCluster(asynchronous=asynchronous, **new)
+        self.cluster = address if isinstance(address, LocalCluster) else None
+        self._address = getattr(address, "address", address)
+        if not self._owns:
+            split_address(self._address)
         self._live(asynchronous)
 
     # Life.
 
     async def _start(self):
         self.loop, self._thread = asyncio.get_running_loop(), threading.current_thread()
-        if self._owns:
-            if self.asynchronous:
-                await self.cluster
-            self._address = self.cluster.address
+        if self._owns and self.asynchronous:
+            self._address = (await self.cluster).address
         self._scheduler, _, batch = await reach_scheduler(self._address, self, self._timeout)
         self._refusal, self.links[SCHEDULER] = None, self._scheduler
         self._scheduler.following = self.start(self._listen(batch))
