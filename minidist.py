@@ -2551,8 +2551,8 @@ class WorkerMind(FetchingMind):
 # dask: packs with msgpack, and has the same split into a small header and large frames.
 
 PREFIX = struct.Struct("!I")  # bytes of the header
-LARGE = 256 << 10  # a frame of so many bytes is read into a buffer of its own
-CHUNK = 1 << 20  # bytes that are read or written at a time
+LARGE = 256 << 10  # a frame of so many bytes is read into a buffer of its own, in such parts
+CHUNK = 1 << 20  # bytes that are written at a time
 
 # A host that is gone says nothing, and who only waits for it would wait for ever: so the kernel
 # asks whether it is there.  But a process that is frozen, or in a call that keeps the interpreter's
@@ -2594,11 +2594,10 @@ async def read_batch(reader, sender):
     if header_bytes > LIMITS["header_bytes"]:
         raise ProtocolError(f"a header of {header_bytes} bytes")
     try:
-        messages, sizes = json.loads(await reader.readexactly(header_bytes))
+        messages, sizes = map(list, json.loads(await reader.readexactly(header_bytes)))
         fits = all(type(size) is int and 0 <= size <= LIMITS["frame_bytes"] for size in sizes)
         if not fits or len(sizes) > LIMITS["frames"]:
             raise ValueError("sizes of frames that do not fit")
-        messages = list(messages)
     except (ValueError, TypeError, RecursionError) as error:
         raise ProtocolError(f"no header: {error}") from error
     if sum(sizes) < LARGE:
@@ -2606,26 +2605,17 @@ async def read_batch(reader, sender):
         buffer, ends = await reader.readexactly(sum(sizes)), accumulate(sizes)
         frames = [buffer[end - size : end] for end, size in zip(ends, sizes, strict=True)]
     else:
-        frames = [await read_frame(reader, size) for size in sizes]
+        # A large one in parts, into a writable buffer that grows with what has come.  Read at once
+        # it would be far over the stream's limit, which stops and starts the transport at each
+        # step, and be copied once more: half as much work again at 100 MB.
+        frames = []
+        for size in sizes:
+            frame = await reader.readexactly(min(size, LARGE))
+            frame = frame if size < LARGE else bytearray(frame)
+            while len(frame) < size:
+                frame += await reader.readexactly(min(size - len(frame), LARGE))
+            frames.append(frame)
     return [check_message(message, frames, sender) for message in messages]
-
-
-async def read_frame(reader, size):
-    """One frame; a large one in a writable buffer, which grows with what has come.
-
-    ``readexactly`` collects it in the stream's own buffer.  With a large one that is far over its
-    limit, so that the transport is stopped and started again at each step; and it is copied once
-    more: half as much work again at 100 MB.  (To allocate its full size first would save nothing.)
-    """
-    if size < LARGE:
-        return await reader.readexactly(size)
-    frame = bytearray()
-    while len(frame) < size:
-        chunk = await reader.read(min(CHUNK, size - len(frame)))
-        if not chunk:
-            raise asyncio.IncompleteReadError(b"", size - len(frame))
-        frame += chunk
-    return frame
 
 
 class Connection:
