@@ -2554,16 +2554,6 @@ PREFIX = struct.Struct("!I")  # bytes of the header
 LARGE = 256 << 10  # a frame of so many bytes is read into a buffer of its own, in such parts
 CHUNK = 1 << 20  # bytes that are written at a time
 
-# A host that is gone says nothing, and who only waits for it would wait for ever: so the kernel
-# asks whether it is there.  But a process that is frozen, or in a call that keeps the interpreter's
-# lock, takes nothing either, for which the kernel has the same limit.  So whoever can be is more
-# patient: who is on the same host, which is not gone; and who was called, since others depend on
-# it, while it hears of dead workers by their silence.
-KEEPALIVE = {
-    "TCP_KEEPIDLE": LIMITS["stall_seconds"] // 3,
-    "TCP_KEEPINTVL": LIMITS["stall_seconds"] // 3,
-}
-
 
 def pack(messages):
     """One batch as buffers to be written one after the other.
@@ -2658,11 +2648,17 @@ class Connection:
             raise
         self.reader, self.writer = reader, writer
         reader.feed_data = functools.partial(self.feed, reader.feed_data)
-        end = writer.get_extra_info("socket")
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # A host that is gone says nothing, and who only waits for it would wait for ever: so the
+        # kernel asks whether it is there.  But a process that is frozen, or in a call that keeps
+        # the interpreter's lock, takes nothing either, for which the kernel has the same limit.  So
+        # whoever can be is more patient: who is on the same host, which is not gone; and who was
+        # called, since others depend on it, while it hears of dead workers by their silence.
         here, there = ((writer.get_extra_info(name) or "?")[0] for name in ("sockname", "peername"))
         limit = LIMITS["patience_seconds" if accepting or here == there else "stall_seconds"]
-        for name, value in {**KEEPALIVE, "TCP_USER_TIMEOUT": limit * 1000}.items():
+        end, ask = writer.get_extra_info("socket"), LIMITS["stall_seconds"] // 3
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        options = {"TCP_KEEPIDLE": ask, "TCP_KEEPINTVL": ask, "TCP_USER_TIMEOUT": limit * 1000}
+        for name, value in options.items():
             if hasattr(socket, name):  # macOS has not all of them by these names.
                 end.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.flush()
