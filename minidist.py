@@ -2618,10 +2618,9 @@ class Connection:
     def __init__(self):
         self.outbox = []  # messages that no batch has taken yet
         self.writer = None  # until hands were shaken
-        self.writing = None  # the task that writes what one turn of the loop could not
-        self.following = None  # the task that reads
+        # The tasks that write what one turn of the loop could not, and that read:
+        self.writing = self.following = None
         self.heard = False  # whether a byte has come since somebody last looked
-        self.loop = asyncio.get_running_loop()
 
     async def connect(self, address, role, worker=""):
         """Connect to ``address``, and to that worker process if one is named.
@@ -2679,7 +2678,7 @@ class Connection:
         # dask: sends what has gathered, in intervals of a few milliseconds.
         self.outbox.append(message)
         if len(self.outbox) == 1:
-            self.loop.call_soon(self.flush)
+            asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self):
         """Write one batch; if it is large, or its reader slow, in an asyncio task.
@@ -2698,9 +2697,9 @@ class Connection:
         if sum(map(len, buffers)) + waiting < CHUNK:
             self.writer.write(b"".join(buffers))
             if self.outbox:
-                self.loop.call_soon(self.flush)
+                asyncio.get_running_loop().call_soon(self.flush)
         else:
-            self.writing = self.loop.create_task(self.write(buffers))
+            self.writing = asyncio.create_task(self.write(buffers))
 
     async def write(self, buffers):
         """Write a batch as fast as the peer takes it.
@@ -3627,7 +3626,7 @@ class Scheduler(Body):
             self.stimulate(op, peer, *fields)
         if known and op == "shutdown":
             self.ended.set()
-            self.links[peer].loop.call_soon(self.server.close)  # When that has been logged.
+            asyncio.get_running_loop().call_soon(self.server.close)  # When that has been logged.
 
     def stimulate(self, op, *args):
         """All that this mind is told goes through here; each time is one line of the recording."""
