@@ -2783,19 +2783,17 @@ async def shake_hands(reader, writer, role, worker, accepting):
         raise ConnectionError(f"{worker} is not there" if worker else "that is a worker's port")
 
     hellos = theirs + mine if accepting else mine + theirs
-    proofs = [hmac.digest(secret(), who + hellos, "sha256") for who in (b"connector", b"acceptor")]
-    expected, proof = proofs if accepting else reversed(proofs)
-    if not accepting:
-        writer.write(proof)
     try:
-        if not hmac.compare_digest(await reader.readexactly(32), expected):
-            raise PermissionError(f"a {ROLES[peer]} with a {REFUSAL}")
+        for who in (b"connector", b"acceptor"):
+            proof = hmac.digest(secret(), who + hellos, "sha256")
+            if accepting == (who == b"acceptor"):
+                writer.write(proof)
+            elif not hmac.compare_digest(await reader.readexactly(32), proof):
+                raise PermissionError(f"a {ROLES[peer]} with a {REFUSAL}")
     except (asyncio.IncompleteReadError, ConnectionResetError):
         if accepting:
             raise
         raise PermissionError(REFUSAL) from None  # It hung up on our proof.
-    if accepting:
-        writer.write(proof)
     return ROLES[peer]
 
 
