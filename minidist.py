@@ -64,6 +64,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -2811,12 +2812,11 @@ def secret():
         path = Path.home() / ".minidist" / "token"
         if not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft = path.with_name(unique())
-            draft.touch(mode=0o600, exist_ok=False)  # First: nobody else can ever read it.
-            draft.write_text(os.urandom(32).hex())
-            with contextlib.suppress(FileExistsError):  # Another process was first: use its own.
-                path.hardlink_to(draft)
-            draft.unlink()
+            with tempfile.NamedTemporaryFile(dir=path.parent, buffering=0) as draft:
+                draft.write(os.urandom(32).hex().encode())  # Nobody else can ever read that file.
+                # If another process was first: use its own.
+                with contextlib.suppress(FileExistsError):
+                    path.hardlink_to(draft.name)
         token, mode = path.read_bytes().strip(), path.stat().st_mode
     except (OSError, RuntimeError) as error:
         # No network's error, after which it might be tried again.  (Who has no home: RuntimeError.)
