@@ -3439,11 +3439,10 @@ class Body(Shown, Entered):
         """
         try:
             await connection.connect(holder.partition("#")[0], self.role, holder)
+            await self.follow(holder, connection)
         except (OSError, EOFError) as error:
             logger.warning("Cannot reach %s: %s", holder, str(error) or "no answer")
             del self.links[holder]
-        else:
-            await self.follow(holder, connection)
         self.happens("link-lost", holder)
 
 
