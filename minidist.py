@@ -3301,12 +3301,12 @@ class Body(Shown, Entered):
     anything that it has said is sent.
     """
 
-    # ``role``: as what it introduces itself to a peer that it connects to; ``role_when_called``: to
-    # one that connects to it.
-    role = ""
+    # As what it introduces itself to a peer that it connects to, and to one that connects to it:
+    role = role_when_called = ""
     server = None  # of asyncio, while it listens
     waking = False  # its loop is going to flush, because ``wake`` has said so
     id = ""  # the worker process that whoever connects has to mean
+    parting = "it is gone"  # why the scheduler's stream has ended; "" after a good-bye
 
     def __init__(self, mind):
         self.state = mind  # (No record's state: the word is dask's, for what a worker's mind is.)
@@ -3383,6 +3383,10 @@ class Body(Shown, Entered):
 
     def take(self, peer, op, fields):
         """Give the mind one message; subclasses add what is not the mind's business."""
+        if op in ("goodbye", "refused"):
+            # We hang up: if the scheduler did, it might cut off what it has just said.
+            self.parting = fields[0] if fields else ""
+            raise EOFError
         self.stimulate(op, peer, *fields)
         if op == "worker-left" and fields[0] in self.links:
             self.links[fields[0]].hang_up()
@@ -3772,7 +3776,6 @@ class Worker(Body):
         self.lock = threading.Condition()  # Threads take attempts; they wait for a ready one.
         self.scheduler = None  # the Connection
         self.ticking = self.closed = False
-        self.parting = "it is gone"  # why the scheduler's stream has ended; "" after a good-bye
 
     async def introduce(self, connection):
         """Listen where the scheduler was reached from: that is where peers will look for us."""
@@ -3835,15 +3838,6 @@ class Worker(Body):
         """{key: value} of what this worker holds: a new dict, which changes nothing here."""
         with self.lock:
             return {name[0]: self.unpacked(name, value) for name, value in self.state.data.items()}
-
-    def take(self, peer, op, fields):
-        """Hang up when the scheduler says good-bye; the rest is the mind's business."""
-        if op in ("goodbye", "refused"):
-            # We hang up: if the scheduler did, it might cut off what it has just said.
-            self.parting = fields[0] if fields else ""
-            self.scheduler.hang_up()
-        else:
-            super().take(peer, op, fields)
 
     def flush(self):
         """Send what the mind has to say; wake as many threads as there are attempts for."""
@@ -4498,8 +4492,6 @@ class Client(Threaded, Body):
         """What a user asked for outside of futures, and the scheduler's warnings, are for users."""
         if op == "warning":
             logger.warning("%s", *fields)
-        elif op == "goodbye":
-            self._scheduler.hang_up()
         elif op in ("answer", "ran"):
             self._answers.pop(fields[0]).set_result(fields[1:])  # Also if nobody waits any more.
         else:
