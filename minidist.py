@@ -3596,13 +3596,14 @@ class Scheduler(Body):
         if self.ended.is_set():
             return  # Who shook hands just before the end was not told good-bye.
         # Who registers says its id first; for the mind that is the peer, as in all that follows.
-        first = batch[0] if batch else [""]
-        peer = first.pop(1) if first[0].startswith("register-") else SCHEDULER
+        op, *fields = batch.pop(0) if batch else [""]
+        peer = fields.pop(0) if op.startswith("register-") else SCHEDULER
         if peer == SCHEDULER or peer in self.links:
             raise ProtocolError(f"a {connection.peer} that does not register, or is here already")
-        how, name = (["connection lost"], first[1]) if connection.peer == "worker" else ([], "")
+        how, name = (["connection lost"], fields[0]) if op == "register-worker" else ([], "")
         process = self.watched.get(name)
         try:
+            self.stimulate(op, peer, *fields)
             await self.follow(peer, connection, batch)
             if process and peer in self.state.workers:
                 with contextlib.suppress(TimeoutError):  # How it ended says more.
@@ -3619,15 +3620,15 @@ class Scheduler(Body):
         What a worker has sent before it heard that it was taken for dead is still read, and must
         not count: its tasks were placed again.
         """
-        known = peer in self.state.workers or peer in self.state.clients
-        registers = op.startswith("register-")
-        if known and registers:
+        if op.startswith("register-"):
             raise ProtocolError(f"{op} a second time")
-        if known or registers:  # Else it was refused, or declared dead, and is being hung up on.
+        if peer in self.state.workers or peer in self.state.clients:
             self.stimulate(op, peer, *fields)
-        if known and op == "shutdown":
-            self.ended.set()
-            asyncio.get_running_loop().call_soon(self.server.close)  # When that has been logged.
+            if op == "shutdown":
+                self.ended.set()
+                # When that has been logged:
+                asyncio.get_running_loop().call_soon(self.server.close)
+        # Else it was refused, or declared dead, and is being hung up on.
 
     def stimulate(self, op, *args):
         """All that this mind is told goes through here; each time is one line of the recording."""
