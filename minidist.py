@@ -3649,9 +3649,8 @@ class Scheduler(Body):
             # First: what this process has said to anybody is there, however it ends.
             recorded, self.recorded = self.recorded, []
             # (All at once: encoded one by one, after its stimulus, a line costs half as much more.)
-            lines = "\n".join(map(RECORDED.encode, recorded))
             try:
-                print(lines, file=self.recording, flush=True)
+                print("\n".join(map(RECORDED.encode, recorded)), file=self.recording, flush=True)
             except OSError as error:
                 logger.error("Nothing is recorded any more: %s", error)
                 with contextlib.suppress(OSError):
