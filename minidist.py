@@ -3862,31 +3862,24 @@ class Worker(Body):
         waits for the network.
         """
         WORKER.set(self)
-        while self.run_next():
+        while not self.closed:
             self.wake()
+            self.run_task()  # (A call for each: while it waits, it keeps no input and no result.)
 
-    def run_next(self):
-        """Wait for a ready attempt and run it; False if the worker has closed.
-
-        (A call of its own for each, so that a thread that waits keeps no input and no result.)
-        """
-        with self.lock:
-            self.lock.wait_for(lambda: self.closed or self.state.ready)
-            if self.closed:
-                return False
-            attempt = self.state.stimulus_take()
-            inputs = {name: self.state.data[name] for name in attempt.inputs}
-        self.run_task(attempt, inputs)
-        return True
-
-    def run_task(self, attempt, inputs):
-        """[9] Unpickle the call, run it, and tell the mind what came of it.
+    def run_task(self):
+        """[9] Wait for a ready attempt, unpickle its call, run it, tell the mind what came of it.
 
         A small result is pickled here, in the task's thread, if a client is waiting for it.
 
         Whatever goes wrong in here is this task's failure, and nobody else's: a call
         that cannot be unpickled, an exception that cannot be pickled, ``SystemExit``.
         """
+        with self.lock:
+            self.lock.wait_for(lambda: self.closed or self.state.ready)
+            if self.closed:
+                return
+            attempt = self.state.stimulus_take()
+            inputs = {name: self.state.data[name] for name in attempt.inputs}
         try:
             try:
                 values = {name[0]: self.unpacked(name, value) for name, value in inputs.items()}
@@ -3900,19 +3893,18 @@ class Worker(Body):
             duration_us = (time.perf_counter_ns() - start) // 1000
             nbytes, kind, value = sizeof(result), type_name(result), ()
         except BaseException as error:  # Also SystemExit: a task does not end its worker.
-            exception = pack_exception(error, skip=2)
-            with self.lock:
-                self.state.stimulus_failed(attempt.number, exception)
-            return
-        # A small result that somebody waits for travels with the notice: one message, and no
-        # connection to this worker.  Others are pickled if and when they are asked for.
-        if attempt.wanted and nbytes <= LIMITS["ride_along_bytes"]:
-            status, frames = pack_result(attempt.key, result)
-            # (What cannot be pickled will fail whoever asks for it.)
-            if status == "ok" and sum(map(len, frames)) <= LIMITS["ride_along_bytes"]:
-                value = frames
+            told = "failed", attempt.number, pack_exception(error, skip=2)
+        else:
+            # A small result that somebody waits for travels with the notice: one message, and no
+            # connection to this worker.  Others are pickled if and when they are asked for.
+            if attempt.wanted and nbytes <= LIMITS["ride_along_bytes"]:
+                status, frames = pack_result(attempt.key, result)
+                # (What cannot be pickled will fail whoever asks for it.)
+                if status == "ok" and sum(map(len, frames)) <= LIMITS["ride_along_bytes"]:
+                    value = frames
+            told = "finished", attempt.number, result, nbytes, kind, duration_us, value
         with self.lock:
-            self.state.stimulus_finished(attempt.number, result, nbytes, kind, duration_us, value)
+            self.stimulate(*told)
 
     def unpacked(self, name, value):
         """A value as an object, which is kept under its name, unless the mind has freed it."""
