@@ -3924,19 +3924,18 @@ class Worker(Body):
         """
         result = func(*args, **kwargs)
         if inspect.iscoroutine(result):
-            errors, loop = [], self.loop
-            result = asyncio.run_coroutine_threadsafe(self.run(result, errors), loop).result()
+            result, *errors = asyncio.run_coroutine_threadsafe(self.run(result), self.loop).result()
             if errors:  # (By no name: an error refers to this frame, and so to all arguments.)
                 raise errors.pop()
         return result
 
-    async def run(self, coroutine, errors):
-        """What a coroutine returns; what it raises goes to ``errors``: SystemExit ends a loop."""
+    async def run(self, coroutine):
+        """What a coroutine returns, and what it raises, as a value: SystemExit ends a loop."""
         self.start(asyncio.current_task())  # It runs already; this notes that it is ours.
         try:
-            return await coroutine
+            return [await coroutine]
         except BaseException as error:
-            errors.append(error)
+            return None, error
 
     # Data connections.  What comes by them is entered in the mind's books only as far as rule three
     # of chapter 1 allows: a value that was put is claimed on the scheduler's stream.
@@ -3994,31 +3993,21 @@ class Worker(Body):
         """
         answers, nbytes = [], 0
         while nbytes < LIMITS["ride_along_bytes"] and (name := next(names, None)):
-            status, frames = self.held(name)
+            with self.lock:  # "missing" is normal: it was freed while the request was under way.
+                missing, value = name not in self.state.data, self.state.data.get(name)
+            status, frames = ("missing", ()) if missing else pack_result(name[0], value)
             answers.append(["data", *name, status, frames])
             nbytes += sum(map(len, frames))
         return answers
 
-    def held(self, name):
-        """(status, frames) of a value: it is here, or not, or it is of no use, and why.
-
-        "missing" is normal: it was freed while the request was under way.
-        """
-        with self.lock:
-            if name not in self.state.data:
-                return "missing", ()
-            value = self.state.data[name]
-        return ("ok", value) if isinstance(value, Packed) else pack_result(name[0], value)
-
 
 def pack_result(key, result):
-    """(status, frames) of a result that is an object, or of why nobody can pickle it."""
+    """(status, frames) of a result, which are here or made, or of why nobody can pickle it."""
     try:
-        return "ok", dumps(result)
+        return "ok", result if isinstance(result, Packed) else dumps(result)
     except BaseException as error:  # Also what no future can hold: StopIteration, SystemExit.
         text = f"the result of {key!r}, a {type_name(result)}, cannot be pickled: {text_of(error)}"
-        error = TypeError(f"{text}: return something simpler")
-        return "error", pack_exception(error)
+        return "error", pack_exception(TypeError(f"{text}: return something simpler"))
 
 
 # ---- 9. Client: Future, Client, as_completed, wait, fire_and_forget, progress ----
