@@ -74,7 +74,7 @@ import warnings
 from collections import Counter, OrderedDict, abc, deque, namedtuple
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, count, islice, zip_longest
+from itertools import count, islice, zip_longest
 from pathlib import Path
 
 import cloudpickle
@@ -2593,8 +2593,7 @@ async def read_batch(reader, sender):
         raise ProtocolError(f"no header: {error}") from error
     if sum(sizes) < LARGE:
         # Read together, then copied: a small frame must not pin the batch that it came in.
-        buffer, ends = await reader.readexactly(sum(sizes)), accumulate(sizes)
-        frames = [buffer[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        frames = list(map(io.BytesIO(await reader.readexactly(sum(sizes))).read, sizes))
     else:
         # A large one in parts, into a writable buffer that grows with what has come.  Read at once
         # it would be far over the stream's limit, which stops and starts the transport at each
