@@ -3690,9 +3690,8 @@ def replay(path, validate=True):
     """
     body = None
     with open(path, errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):
-                break  # It was being written when the scheduler was killed.
+        # (The last line may have been being written when the scheduler was killed.)
+        for number, line in enumerate((line for line in file if line.endswith("\n")), 1):
             try:
                 if body is None:
                     body = Body(SchedulerMind(**json.loads(line)))
