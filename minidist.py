@@ -373,17 +373,20 @@ class Mind:
         self.marked[record] = None
 
     def settle(self):
-        """Let marked records take edges until every one is what it should be."""
+        """Let marked records take edges, in the order of the marks, until each is what it should be.
+
+        So what was told first is acted on first, and said first to others.
+        """
         # Each takes a few edges at most.  Two goals that contradict each other would go on for
         # ever, and with them the whole cluster would stand still: rather let it be said.
-        marked, taken = self.marked, 0
-        bound = 64 + 16 * len(self.records)
-        while marked:
-            record, _ = marked.popitem()
-            while (finish := self.goal(record)) != record.state:
-                self.transition(record, finish)
-                taken += 1
-                assert taken < bound, f"{record} does not settle"
+        taken, bound = 0, 64 + 16 * len(self.records)
+        while self.marked:
+            marked, self.marked = self.marked, {}
+            for record in marked:
+                while (finish := self.goal(record)) != record.state:
+                    self.transition(record, finish)
+                    taken += 1
+                    assert taken < bound, f"{record} does not settle"
 
     def transition(self, record, finish):
         """Take one edge: leave a state, which clears its fields, and enter the other.
@@ -2382,8 +2385,9 @@ class WorkerMind(FetchingMind):
         The scheduler took what runs to be short, and would learn otherwise only at its end.  What
         still waits for an input stays, since it would wait for that elsewhere, too.
         """
-        for attempt, since_us in self.ready.items():
-            self.ready[attempt] = since_us or now_us
+        # The first to run comes first: what is placed again first may get the only free thread.
+        for attempt in sorted(self.ready, key=lambda attempt: attempt.priority):
+            self.ready[attempt] = self.ready[attempt] or now_us
             if now_us - self.ready[attempt] >= LATE_US:
                 self.give_back(attempt)
         self.settle()

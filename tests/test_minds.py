@@ -1227,6 +1227,24 @@ def test_what_has_been_ready_for_too_long_goes_back():
     assert set(w.attempts) == {1, 3}, "what runs, or waits for an input, stays"
 
 
+def test_of_what_goes_back_the_first_to_run_is_the_first_to_be_placed_again():
+    """It may get the only thread that is free; what came back before it would keep that."""
+    for happens in (WorkerMind.stimulus_leave, lambda w: w.stimulus_time_passes(2_000_000)):
+        w = WorkerMind()
+        for attempt in range(1, 5):
+            compute(w, attempt)
+        w.stimulus_take()
+        w.stimulus_time_passes(1_000_000)
+        happens(w)
+        assert [f["attempt"] for f in told(w, SCHEDULER, "task-returned")] == [2, 3, 4]
+    w = WorkerMind()
+    for attempt in range(1, 4):
+        w.stimulus_compute_task(SCHEDULER, "y", attempt, "f", (b"f",), [], -attempt, False)
+    for now_us in (1_000_000, 2_000_000):
+        w.stimulus_time_passes(now_us)
+    assert [f["attempt"] for f in told(w, SCHEDULER, "task-returned")] == [3, 2, 1]
+
+
 def test_two_goals_that_contradict_each_other_are_an_error_and_not_a_loop_for_ever(monkeypatch):
     w = WorkerMind()
     goals = cycle(["ready", "executing"])
