@@ -2561,6 +2561,17 @@ def test_a_local_cluster_says_at_once_why_no_process_can_be_started(monkeypatch,
     assert not caplog.records, "and says it once"
 
 
+def test_a_task_may_start_a_cluster_but_a_task_of_that_one_may_not(monkeypatch):
+    with Client(n_workers=1, threads_per_worker=1) as c:
+        assert [*c.run(lambda: minidist.DEPTH).values()] == [1], "one deeper than here"
+    monkeypatch.setattr(minidist, "DEPTH", 1)
+    minidist.LocalCluster(n_workers=0).close()
+    monkeypatch.setattr(minidist, "DEPTH", 2)
+    minidist.LocalCluster(processes=False).close()
+    with pytest.raises(RuntimeError, match="a cluster in a task, in a task"):
+        minidist.LocalCluster(n_workers=0)
+
+
 def test_the_cluster_of_a_client_can_be_closed_as_any_other():
     with Client(n_workers=1, threads_per_worker=1) as c:
         assert "1 workers" in repr(c.cluster)
