@@ -4047,14 +4047,8 @@ class KilledWorker(Exception):
 
 INHERITED = "this client belongs to the parent process: make one of your own"
 
-
-class DoneAndNotDoneFutures(namedtuple("DoneAndNotDoneFutures", "done not_done")):
-    """What ``wait`` returns: the set of futures that are done, and the set of the others."""
-
-    def __await__(self):
-        """So that ``wait([])`` can be awaited too, which knows of no client."""
-        yield from ()
-        return self
+# What ``wait`` returns: the set of futures that are done, and the set of the others.
+DoneAndNotDoneFutures = namedtuple("DoneAndNotDoneFutures", "done not_done")
 
 
 class Future(Shown):
@@ -5097,7 +5091,7 @@ def fire_and_forget(obj):
 def wait(fs, timeout=None, return_when=ALL_COMPLETED):
     """Wait for futures: ``(done, not_done)``, two sets.
 
-    ``fs`` is a collection of futures of one client.
+    ``fs`` is a collection of futures of one client; of none, where no client is open, a ValueError.
     ``return_when`` is ALL_COMPLETED, FIRST_COMPLETED or (beyond dask) FIRST_EXCEPTION.
     Raises TimeoutError after ``timeout``, CancelledError if one of them was cancelled; errors of
     tasks are not raised.  No result is fetched.
@@ -5109,8 +5103,7 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED):
     if return_when not in enough:
         raise ValueError(f"return_when={return_when!r} is unknown")
     futures = futures_of(fs)
-    if not futures:
-        return DoneAndNotDoneFutures(set(), set())
+    client = futures[0].client if futures else Client.current()
 
     def finish():
         done = {future for future in futures if settled(future._state)}
@@ -5119,7 +5112,7 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED):
                 failure(future._state)
         return DoneAndNotDoneFutures(done, set(futures) - done)
 
-    return futures[0].client._wait_for(futures, finish, timeout, enough=enough[return_when])
+    return client._wait_for(futures, finish, timeout, enough=enough[return_when])
 
 
 class as_completed(abc.Iterator, abc.AsyncIterator):

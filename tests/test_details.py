@@ -2561,6 +2561,12 @@ def test_a_local_cluster_says_at_once_why_no_process_can_be_started(monkeypatch,
     assert not caplog.records, "and says it once"
 
 
+def test_without_a_client_there_is_nothing_to_wait_for(monkeypatch):
+    monkeypatch.setattr(Client, "_instances", {})
+    with pytest.raises(ValueError, match="there is no client: make one"):
+        wait([])
+
+
 def test_a_task_may_start_a_cluster_but_a_task_of_that_one_may_not(monkeypatch):
     with Client(n_workers=1, threads_per_worker=1) as c:
         assert [*c.run(lambda: minidist.DEPTH).values()] == [1], "one deeper than here"
