@@ -1375,13 +1375,20 @@ def test_only_a_port_in_use_makes_a_scheduler_try_the_next():
         assert "192.0.2.1" in err and len(err.splitlines()) == 1
 
 
+NEXT_PORT = """
+import sys, minidist
+minidist.DEFAULT_PORT = int(sys.argv[1])
+sys.exit(minidist.main(["scheduler"]))
+"""
+
+
 def test_the_next_port_is_taken_with_a_warning_when_the_default_one_is_in_use():
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # Somebody else may have it: as good.
-            stack.enter_context(socket.create_server(("127.0.0.1", 8786)))
-        p = stack.enter_context(Process(SCRIPT, "scheduler"))
-        assert int(p.address.rpartition(":")[2]) > 8786
-        assert "8786" in p.stderr.readline()
+    assert minidist.DEFAULT_PORT == 8786, "as dask's; which others on this machine may use"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with Process("-c", NEXT_PORT, port) as p:
+            assert port < int(p.address.rpartition(":")[2]) < port + 100
+            assert f"Port {port} is in use" in p.stderr.readline()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "::"])
