@@ -259,7 +259,8 @@ def convert(kind, value, frames):
 
 OPS = {  # {op: (senders, names of the fields, their kinds)}
     op: (route.split(" > ")[0].split("|"), names.split(), [FIELDS[n] for n in names.split()])
-    for op, (route, names) in ((op, line.split(":")) for op, line in MESSAGES.items())
+    for op, line in MESSAGES.items()
+    for route, names in [line.split(":")]
 }
 
 
@@ -1032,7 +1033,7 @@ class ClientState:
 # little that more may be sent; it has enough; it takes no more.
 EMPTY, FREE, ROOM, FULL, LEAVING = range(5)
 GIVEN_UP = "CancelledError"  # the kind of an error that is a cancel: data was lost
-WAITING = ("waiting", "queued", "no-worker")  # for inputs, for room, for somebody to have room
+WAITING = ("waiting", "queued", "no-worker")  # for inputs; for room; for a worker that may run it
 
 
 class SchedulerMind(Mind):
