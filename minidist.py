@@ -3368,8 +3368,9 @@ class Body(Shown, Entered):
     async def follow(self, peer, connection, batch=()):
         """[4] A peer's checked messages, until its stream ends: each one's op names a stimulus.
 
-        ``batch`` are those that were read before it was known who the peer is.  All of a batch are
-        given to the mind before it is flushed, so that the answers make one batch, too.
+        ``batch`` are those that came along with the first, which said who the peer is.  All of a
+        batch (up to a good-bye) are given to the mind before it is flushed, so that the answers
+        make one batch, too.
         """
         self.links[peer], connection.following = connection, asyncio.current_task()
         try:
@@ -5699,7 +5700,8 @@ def end_with_stdin():
     then, whether our parent is still the same.
     """
     lifeline, parent = os.dup(0), os.getppid()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    with open(os.devnull) as empty:
+        os.dup2(empty.fileno(), 0)
     # (Nobody writes to it: that it can be read is its end.)
     while os.getppid() == parent and not select.select([lifeline], [], [], 1)[0]:
         pass

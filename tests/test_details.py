@@ -2568,6 +2568,16 @@ def test_a_local_cluster_says_at_once_why_no_process_can_be_started(monkeypatch,
     assert not caplog.records, "and says it once"
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="looks at what Linux lists there")
+def test_a_worker_process_has_an_empty_standard_input_and_keeps_no_other_descriptor_of_it():
+    def opened():
+        paths = [(number, f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        return {n for n, path in paths if n not in "12" and os.path.realpath(path) == os.devnull}
+
+    with Client(n_workers=1, threads_per_worker=1) as c:
+        assert [*c.run(opened).values()] == [{"0"}]
+
+
 def test_without_a_client_there_is_nothing_to_wait_for(monkeypatch):
     monkeypatch.setattr(Client, "_instances", {})
     with pytest.raises(ValueError, match="there is no client: make one"):
