@@ -1178,7 +1178,7 @@ class SchedulerMind(Mind):
         Another client's wants are left alone, unless ``force``.  A cancel is no more than that:
         wants end, and who had them is told.  What nobody needs then goes by itself.
         """
-        cs, seen = self.clients[client], set()  # (so that each task is looked at once)
+        cs, seen = self.clients[client], set()  # (however many ways lead to a dependent)
         for key, want in names:
             ts = self.wanted_by(cs, key, want)
             found = [ts] if ts else []
@@ -2386,11 +2386,12 @@ class WorkerMind(FetchingMind):
         The scheduler took what runs to be short, and would learn otherwise only at its end.  What
         still waits for an input stays, since it would wait for that elsewhere, too.
         """
+        for attempt, since_us in self.ready.items():
+            self.ready[attempt] = since_us or now_us
+        late = [each for each, since_us in self.ready.items() if now_us - since_us >= LATE_US]
         # The first to run comes first: what is placed again first may get the only free thread.
-        for attempt in sorted(self.ready, key=lambda attempt: attempt.priority):
-            self.ready[attempt] = self.ready[attempt] or now_us
-            if now_us - self.ready[attempt] >= LATE_US:
-                self.give_back(attempt)
+        for attempt in sorted(late, key=lambda attempt: attempt.priority):
+            self.give_back(attempt)
         self.settle()
 
     def stimulus_leave(self):
@@ -2558,7 +2559,7 @@ class WorkerMind(FetchingMind):
 
 PREFIX = struct.Struct("!I")  # bytes of the header
 LARGE = 256 << 10  # a frame of so many bytes is read into a buffer of its own, in such parts
-CHUNK = 1 << 20  # bytes that are written at a time
+CHUNK = 1 << 20  # bytes that are written at a time; a stream collects some of them
 
 
 def pack(messages):
@@ -2626,6 +2627,7 @@ class Connection:
         # The tasks that write what one turn of the loop could not, and that read:
         self.writing = self.following = None
         self.heard = False  # whether a byte has come since somebody last looked
+        self.loop = asyncio.get_running_loop()  # (A user may submit while it does not run.)
 
     async def connect(self, address, role, worker=""):
         """Connect to ``address``, and to that worker process if one is named.
@@ -2683,7 +2685,7 @@ class Connection:
         # dask: sends what has gathered, in intervals of a few milliseconds.
         self.outbox.append(message)
         if len(self.outbox) == 1:
-            asyncio.get_running_loop().call_soon(self.flush)
+            self.loop.call_soon(self.flush)
 
     def flush(self):
         """Write one batch; if it is large, or its reader slow, in an asyncio task.
@@ -2702,9 +2704,9 @@ class Connection:
         if sum(map(len, buffers)) + waiting < CHUNK:
             self.writer.write(b"".join(buffers))
             if self.outbox:
-                asyncio.get_running_loop().call_soon(self.flush)
+                self.loop.call_soon(self.flush)
         else:
-            self.writing = asyncio.create_task(self.write(buffers))
+            self.writing = self.loop.create_task(self.write(buffers))
 
     async def write(self, buffers):
         """Write a batch as fast as the peer takes it.

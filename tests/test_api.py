@@ -430,6 +430,25 @@ def open_descriptors():
     return len(os.listdir("/proc/self/fd"))
 
 
+def test_an_asynchronous_client_can_be_used_between_two_runs_of_its_loop():
+    async def start():
+        scheduler = await minidist.Scheduler()
+        worker = await Worker(scheduler.address, nthreads=1)
+        return scheduler, worker, await Client(scheduler.address, asynchronous=True)
+
+    async def end(*bodies):
+        for body in bodies:
+            await body.close()
+
+    with asyncio.Runner() as runner:
+        scheduler, worker, c = runner.run(start())
+        futures = c.map(abs, [-1, -2])
+        more = c.submit(sum, futures)
+        futures[0].release()
+        assert runner.run(asyncio.wait_for(more.result(), 30)) == 3
+        runner.run(end(c, worker, scheduler))
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="counts what Linux lists there")
 @pytest.mark.parametrize("kind", ["scheduler", "worker", "client", "cluster"])
 def test_whatever_is_cancelled_in_any_turn_of_the_loop_leaves_nothing(kind):
