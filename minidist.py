@@ -1311,6 +1311,8 @@ class SchedulerMind(Mind):
         Names differ, since tasks can be restricted to one, and reports of deaths speak of them.
         (One that is leaving is called nothing any more: its successor may bear its name.)
         """
+        if nthreads < 1:
+            raise ProtocolError(f"a worker with {nthreads} threads")
         if any(ws.name == name for ws in self.called.get(name, ())):
             text = f"a worker named {name!r} is there already"
             text += ": choose another name, or try again soon if it has died"

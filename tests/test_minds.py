@@ -18,6 +18,7 @@ from minidist import (
     SCHEDULER,
     TRANSFER_US,
     ClientMind,
+    ProtocolError,
     SchedulerMind,
     WorkerMind,
     check_message,
@@ -1225,6 +1226,14 @@ def test_what_has_been_ready_for_too_long_goes_back():
     w.stimulus_time_passes(1_010_000)
     assert [f["attempt"] for f in told(w, SCHEDULER, "task-returned")] == [2]
     assert set(w.attempts) == {1, 3}, "what runs, or waits for an input, stays"
+
+
+def test_a_worker_without_threads_is_refused_before_it_is_in_any_table():
+    s = Scheduler("w")
+    with pytest.raises(ProtocolError, match="a worker with 0 threads"):
+        s.stimulus_register_worker("v", "v", 0, [], [])
+    assert list(s.workers) == ["w"]
+    s.validate()
 
 
 def test_of_what_goes_back_the_first_to_run_is_the_first_to_be_placed_again():
