@@ -5348,8 +5348,9 @@ class LocalCluster(Threaded):
     clients and workers on other machines can join.  ``address`` (dask: ``scheduler_address``) is
     its scheduler's, ``scheduler`` the scheduler itself, whose ``state`` can be looked at.  It has
     started when this returns, and ``with`` closes it; if ``asynchronous``, ``async with`` starts
-    and closes it.  Raises OSError if the port is taken, TimeoutError if its workers do not start,
-    TypeError or ValueError for a bad option, RuntimeError in a task of a cluster in a task.
+    and closes it.  Raises OSError if the port is taken, or a client has shut it down before,
+    TimeoutError if its workers do not start, TypeError or ValueError for a bad option, RuntimeError
+    in a task of a cluster in a task.
 
     With ``processes=False`` all is in one process: for a look at everything in a debugger, or for
     tasks that spend their time in compiled code or waiting.  (Results are pickled all the same.)
@@ -5394,6 +5395,8 @@ class LocalCluster(Threaded):
                 text = f"{there} of {self.n_workers} worker processes have started"
                 raise TimeoutError(f"{text}; why, the others have said on standard error")
             done, _ = await asyncio.wait([end, *self.keepers.values()], timeout=0.01)
+            if self.scheduler.ended.is_set():
+                raise ConnectionError("this cluster was shut down before it had started")
             await asyncio.gather(*done)  # It raises why no process can be started.
 
     async def _end(self):

@@ -2568,6 +2568,21 @@ def test_a_local_cluster_says_at_once_why_no_process_can_be_started(monkeypatch,
     assert not caplog.records, "and says it once"
 
 
+def test_a_local_cluster_that_is_shut_down_while_it_starts_says_so(monkeypatch):
+    async def main():
+        cluster = minidist.LocalCluster(n_workers=1, asynchronous=True)
+        starting = asyncio.ensure_future(cluster.__aenter__())
+        while cluster.address == "not started":
+            await asyncio.sleep(0)
+        c = await Client(cluster.address, asynchronous=True)
+        await c.shutdown()
+        with pytest.raises(ConnectionError, match="was shut down before it had started"):
+            await starting
+
+    monkeypatch.setattr(minidist.sys, "executable", "/bin/false")  # So no worker is ever there.
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="looks at what Linux lists there")
 def test_a_worker_process_has_an_empty_standard_input_and_keeps_no_other_descriptor_of_it():
     def opened():
