@@ -4440,8 +4440,9 @@ class Client(Threaded, Body):
             await self._scheduler.written()
             # The scheduler hangs up when it has read that: if we did while something of it is under
             # way to us, TCP would reset the connection, and the end of what we said might be lost.
+            # (Seconds of work may be before it.)
             self._scheduler.writer.write_eof()
-            await asyncio.wait([self._scheduler.following], timeout=1)
+            await asyncio.wait([self._scheduler.following], timeout=LIMITS["stall_seconds"])
             await self.stop()
             await self._scheduler.close()
         if self._owns:

@@ -19,7 +19,7 @@ import types
 import pytest
 
 import minidist
-from minidist import Client, Worker, wait
+from minidist import Client, Worker, fire_and_forget, wait
 from test_minidist import environment, on_cluster, scheduler  # noqa: F401
 
 # ---- What the tests of live clusters share: tasks that wait for a test, and waiting for both ----
@@ -423,6 +423,19 @@ def test_a_close_that_took_too_long_can_be_tried_again(scheduler):
             client.close(timeout=0.2)
     os.kill(scheduler.pid, signal.SIGCONT)
     client.close(timeout=10)
+
+
+def test_a_close_waits_until_the_scheduler_has_read_what_was_said_before(scheduler):
+    client = Client(scheduler.address)
+    os.kill(scheduler.pid, signal.SIGSTOP)
+    future = client.submit(pow, 2, 3)
+    fire_and_forget(future)
+    with pytest.raises(TimeoutError):  # Else it may be cut off where there is much to read.
+        client.close(timeout=2)
+    os.kill(scheduler.pid, signal.SIGCONT)
+    client.close(timeout=10)
+    with Client(scheduler.address) as other:
+        assert other.story(future)
 
 
 def open_descriptors():
