@@ -3574,7 +3574,8 @@ class Scheduler(Body):
         if self.ended.is_set() and self.links:
             # They were told good-bye, and hang up first: if we did while something of theirs is
             # under way, TCP would reset the connection, and they might not read the good-bye.
-            await asyncio.wait([link.following for link in self.links.values()], timeout=1)
+            # (They may have much to read before it.)
+            await asyncio.wait([link.following for link in self.links.values()], timeout=4)
         await self.stop()
         if self.recording:
             self.recording.close()
@@ -5429,7 +5430,9 @@ class LocalCluster(Threaded):
             self.scheduler.ended.set()
             self.scheduler.happens("shutdown", "its LocalCluster")
         if there:
-            await asyncio.wait(there, timeout=4)
+            _, held_up = await asyncio.wait(there, timeout=4)
+            for task in held_up:
+                task.cancel()
         await self.scheduler.close()
 
     def _facts(self):
