@@ -117,7 +117,7 @@ LIMITS = {
     "handshake_seconds": 10,
     "ride_along_bytes": 64 << 10,  # a result up to this size travels with its notice
     "holders": 8,  # replicas named to whoever fetches, or weighed when a worker is chosen
-    "remembered": 10_000,  # durations of functions, losses of data; workers that are dead
+    "remembered": 10_000,  # durations of functions, wants that ended; workers that are dead
     "story": 10_000,  # transitions that a mind remembers
     "argument_bytes": 10_000_000,  # larger arguments of one call get a warning
     "start_seconds": 60,  # a local cluster's worker processes have to be there
@@ -606,8 +606,7 @@ class ClientMind(FetchingMind):
         for i in inputs:
             if self.futures.get(i.key) is not i:
                 # Cancelled inputs have left the table: nothing can be computed from them.
-                text = f"its input {i.key!r} was cancelled: {i.text or 'it is not wanted any more'}"
-                self.become(state, "cancelled", text)
+                self.become(state, "cancelled", f"its input {i.key!r} was cancelled: {i.text}")
                 return state
         self.futures[key] = state
         names = [(i.key, i.want) for i in inputs]
@@ -807,6 +806,7 @@ class ClientMind(FetchingMind):
         self.fetching.pop((state.key, state.attempt), None)
         if state.status != kept:
             self.become(state, "cancelled", text)
+        state.text = state.text or text  # Also of what is here: why nothing is made from it.
 
     def become(self, state, status, text="", exception=()):
         """What users see changes, unless its value is here: that is final.
@@ -1087,7 +1087,8 @@ class SchedulerMind(Mind):
         self.durations = {}  # {function name: microseconds}, a moving average
         self.submitted = 0
         self.now_us, self.ttl_us = 0, ttl_us
-        self.losses = {}  # {key of data: how it was lost}, for who has not heard of that yet
+        # {(client, key): why its want has ended}, for what it sent before it heard of that.
+        self.endings = OrderedDict()
         self.news = []  # who came and went, and why, in words: for the body to log
         # Wants what no user waits for, and lets go when it has ended.
         self.keeper = ClientState("fire-and-forget")
@@ -1115,8 +1116,8 @@ class SchedulerMind(Mind):
             if self.wanted_by(cs, input_key, number) is None:
                 # On one ordered stream that want can only have been cancelled or lost.  What
                 # bears the key now may be another call of another client.
-                text = self.losses.get(input_key, f"its input {input_key!r} was cancelled")
-                return self.send(client, "key-cancelled", key, want, text)
+                text = f"its input {input_key!r} was cancelled, or lost, some time ago"
+                return self.end_want(client, key, want, self.endings.get((client, input_key), text))
         if ts is None:
             dependencies = {self.tasks[input_key]: None for input_key, _ in inputs}
             ts = self.new_task(key, name, run_spec, dependencies, priority, *options)
@@ -1185,7 +1186,7 @@ class SchedulerMind(Mind):
             for each in found:  # It grows meanwhile, by what is made from it.
                 for wanting in [other for other in each.who_wants if force or other is cs]:
                     number, text = wanting.wants_what[each], f"{key!r} was cancelled by {client}"
-                    self.send(wanting.id, "key-cancelled", each.key, number, text)
+                    self.end_want(wanting.id, each.key, number, text)
                     self.let_go(wanting, each)
                 more = [dependent for dependent in each.dependents if dependent not in seen]
                 seen.update(more)
@@ -1201,8 +1202,8 @@ class SchedulerMind(Mind):
         cs, ts = self.clients[client], self.tasks.get(key)
         if ts not in cs.wants_what:
             # It was cancelled, or lost, while the retry was under way.
-            self.send(client, "key-cancelled", key, want, "it was cancelled before its retry")
-            return
+            text = self.endings.get((client, key), "it was cancelled, or lost, some time ago")
+            return self.end_want(client, key, want, text)
         self.want(cs, ts, want, tell=ts.state != "erred")
         found, seen = [ts], {ts}
         for each in found:  # It grows meanwhile, by the inputs of what failed, or was released.
@@ -1946,6 +1947,16 @@ class SchedulerMind(Mind):
                 self.end_arrival(ts, ts.attempt)
             del ts.givers[cs]
 
+    def end_want(self, client, key, want, text):
+        """Tell a client that its want has ended, and why.
+
+        It may have sent more before it hears of that, to be made from this: then that ends for the
+        same reason, which is kept for a while.
+        """
+        self.endings[client, key] = text
+        forget_oldest(self.endings)
+        self.send(client, "key-cancelled", key, want, text)
+
     def give_up(self, ts):
         """Data that nobody has is lost for good, and with it whatever waits for it.
 
@@ -1955,13 +1966,9 @@ class SchedulerMind(Mind):
         processing with it.  But no call has raised, and a retry would be of no use: so all wants
         that need it end (``tell``).  What has its value already is not touched by the loss.  When
         nobody wants what waited for it, it has no waiters, and is forgotten like any other data.
-
-        How it was lost is kept for a while, for the submits that cross that news.
         """
         otherwise = "cannot be computed again" if ts.why else "could not be put on any worker"
-        text = self.losses[ts.key] = f"the data {ts.key!r} {ts.lost or otherwise}{ts.why}"
-        forget_oldest(self.losses)
-        ts.error = ((), GIVEN_UP, text)
+        ts.error = ((), GIVEN_UP, f"the data {ts.key!r} {ts.lost or otherwise}{ts.why}")
 
     def stop_needing(self, ts):
         """It is unfinished no longer: its dependencies may not be needed any more."""
@@ -2159,7 +2166,7 @@ class SchedulerMind(Mind):
             if cs is self.keeper and ts.state in ("memory", "erred"):
                 self.let_go(cs, ts)
             elif ts.state == "erred" and ts.error[1] == GIVEN_UP:
-                self.send(cs.id, "key-cancelled", ts.key, want, ts.error[2])
+                self.end_want(cs.id, ts.key, want, ts.error[2])
                 self.let_go(cs, ts)
             elif ts.state == "erred":
                 self.send(cs.id, "key-erred", ts.key, want, *ts.error)

@@ -350,15 +350,28 @@ def test_two_that_leave_together_hand_over_to_one_that_stays():
     assert s.states() == {"x": "memory"}
 
 
-def test_a_submit_that_crosses_the_loss_of_its_data_is_told_which_data_was_lost():
+def test_what_crosses_the_loss_of_data_is_told_which_data_was_lost():
     s = Scheduler("w")
     scattered(s)
+    s.submit("x", "d")
     s.stimulus_worker_left("w", "exit code 3")
-    sent(s)
     s.submit("y", "d")
-    (cancelled,) = told(s, "c", "key-cancelled")
-    assert cancelled["key"] == "y"
-    assert "the data 'd' was lost with w (name of w): exit code 3" in cancelled["text"]
+    s.submit("z", "x")
+    s.submit("zz", "z")
+    s.stimulus_retry("c", "x", 2)
+    for cancelled in (news := told(s, "c", "key-cancelled")):
+        assert cancelled["text"] == "the data 'd' was lost with w (name of w): exit code 3"
+    assert [cancelled["key"] for cancelled in news] == ["d", "x", "y", "z", "zz", "x"]
+
+
+def test_what_crosses_a_cancel_is_told_who_cancelled_what():
+    s = Scheduler(clients=("c", "other"))
+    for client in ("c", "other"):
+        s.submit("x", client=client)
+    s.stimulus_cancel_keys("other", [("x", 1)], True)
+    s.submit("y", "x")
+    told_why = [cancelled["text"] for cancelled in told(s, "c", "key-cancelled")]
+    assert told_why == ["'x' was cancelled by other"] * 2
 
 
 def test_many_that_leave_are_let_go_in_one_moment():
@@ -483,7 +496,7 @@ def test_how_data_was_lost_is_not_remembered_for_ever(monkeypatch):
         _, attempt = scatter(s, key)
         s.stimulus_add_keys("w", [(key, attempt)])
     s.stimulus_worker_left("w")
-    assert len(s.losses) == 2 and len(told(s, "c", "key-cancelled")) == 3
+    assert len(s.endings) == 2 and len(told(s, "c", "key-cancelled")) == 3
 
 
 def test_which_workers_are_dead_is_not_remembered_for_ever(monkeypatch):

@@ -200,7 +200,7 @@ NEITHER = {  # {reason: fields}
         SchedulerMind.outbox ClientMind.outbox WorkerMind.outbox ClientMind.news
         SchedulerMind.news ClientMind.warnings""",
     "it tells what has happened, which leaves no trace elsewhere": """
-        SchedulerMind.story ClientMind.story WorkerMind.story SchedulerMind.durations SchedulerMind.losses
+        SchedulerMind.story ClientMind.story WorkerMind.story SchedulerMind.durations SchedulerMind.endings
         ClientMind.dead WorkerMind.dead TaskState.misses TaskState.strikes
         TaskState.witness TaskState.deaths
         TaskState.stuck TaskState.lost TaskState.why WorkerState.late WorkerState.seen_us
