@@ -26,18 +26,25 @@ def start(*arguments, **options):
     return PROCESSES[-1]
 
 
+def start_and_show(*arguments):
+    """Start a process; returns the line that it prints when it is ready.
+
+    It is we who show that: should nobody read it (``make demo | head``), we end, not a worker.
+    """
+    process = start(*arguments, stdout=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    print(line, end="", flush=True)
+    return line or sys.exit(f"the {arguments[0]} ended with exit code {process.wait()}")
+
+
 def start_scheduler():
     """Returns the address that it prints.  Port 0 is any port that is free."""
-    scheduler = start("scheduler", "--port", "0", stdout=subprocess.PIPE, text=True)
-    for line in scheduler.stdout:
-        print(line, end="", flush=True)
-        if match := re.search(r"tcp://\S+:\d+", line):
-            return match[0]
-    raise SystemExit(f"the scheduler ended with exit code {scheduler.wait()}")
+    return re.search(r"tcp://\S+:\d+", start_and_show("scheduler", "--port", "0"))[0]
 
 
 def start_worker(address, name):
-    return start("worker", address, "--nthreads", "1", "--name", name)
+    start_and_show("worker", address, "--nthreads", "1", "--name", name)
+    return PROCESSES[-1]
 
 
 def stop_all():
