@@ -21,7 +21,11 @@ def pytest_configure():
 
     And a worker's process that finds its environment as it should be need not begin twice.
     """
-    os.environ.update({**minidist.ENVIRONMENT, **os.environ})
+    if not __debug__:
+        raise pytest.UsageError("the tests are assertions, as is validate: run without -O")
+    # And no test leaves a secret in the user's home, which may not be there, or not be writable.
+    secret = {"MINIDIST_TOKEN": os.urandom(16).hex()}
+    os.environ.update({**minidist.ENVIRONMENT, **secret, **os.environ})
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
