@@ -5644,7 +5644,7 @@ async def run_replay(options):
         await asyncio.sleep(0)  # Ctrl-C is heard.
     if not known:
         raise ValueError(f"{options.file}: there is no task {options.key!r} in {number} lines")
-    checked = "" if options.quick else ", and every invariant holds"
+    checked = ", and every invariant holds" if __debug__ and not options.quick else ""
     print(f"{number} lines: the messages are those that were recorded{checked}")
 
 
@@ -5673,7 +5673,7 @@ async def run_worker(options):
         return await run_workers(options)
     # What tasks print is there, however this process ends; and no name of theirs is found in here.
     if sys.stdout:
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.modules["__main__"] = types.ModuleType("__main__")
     # For ever; and in silence, if it is a local cluster's: that is there, or ending just now.
     patience = math.inf if options.quiet else None
