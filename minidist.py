@@ -309,7 +309,7 @@ class HeapSet(dict):
 
     def discard(self, item):
         del self[item]
-        if len(self.heap) > 2 * len(self) + 16:
+        if not self or len(self.heap) > 2 * len(self) + 16:  # (Who is idle keeps nothing.)
             self.heap = sorted((item.priority, item) for item in self)  # (That is a heap, too.)
 
     def peek(self):
@@ -3969,7 +3969,7 @@ class Worker(Body):
                     threading.Thread(target=run, daemon=True).start()
                 else:
                     raise ProtocolError(f"{op} on a data connection")
-            fields = ()  # As in ``follow``: what was put must not be kept until something else is.
+            fields = run = ()  # As in ``follow``: what came must not be kept until more comes.
 
     def answer_run(self, connection, number, run_spec):
         """Run a function outside of the task system, for Client.run, in a thread of its own.

@@ -1816,11 +1816,15 @@ def fail(how):
 
 
 @on_cluster
-async def test_what_was_freed_is_not_kept_by_the_connection_that_it_came_by(c, a, b):
+async def test_what_has_come_is_not_kept_when_it_is_needed_no_more(c, a, b):
     x = await c.scatter("x" * 1_000_000, workers=[a.address])  # From the client to a worker, ...
     y = c.submit(str.upper, x, workers=[b.address])  # ... from there to another, and back.
     assert await y == "X" * 1_000_000
     del x, y
+    assert await c.submit(len, "y" * 1_000_000) == 1_000_000  # With a call: ...
+    assert (
+        list((await c.run(len, "z" * 1_000_000)).values()) == [1_000_000] * 2
+    )  # ... of each kind.
     await until(lambda: not a.data and not b.data and not c.state.futures)
     frames = [o for o in gc.get_objects() if isinstance(o, minidist.Packed)]
     assert max((len(frame) for packed in frames for frame in packed), default=0) < 1_000_000
