@@ -5463,12 +5463,13 @@ async def worker_process(*arguments, ended_by):
     # What the user's script can import, the functions that it submits can too, from there.  (The
     # import system passes over what is no text, as a Path.)  They find its arguments, too.
     path = [folder for folder in [*sys.path, os.path.dirname(__file__)] if type(folder) is str]
-    code = f"import sys; sys.path[:], args, sys.argv = {path}, sys.argv[1:], {sys.argv}"
+    end = len(arguments) + 3  # of the words for us in the command, which also begins with "-c"
+    code = f"import sys; sys.path[:] = {path}; args, sys.argv = sys.argv[1:{end}], sys.argv[{end}:]"
     code += "; import minidist; sys.exit(minidist.main(args))"
     # (-P: so Python itself looks for nothing in the current folder, which may be gone.  Before it,
     # the flags with which this process runs, as multiprocessing passes them on.)
     command = [sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-c", code]
-    command += ["worker", *map(str, arguments), "--until-stdin-ends"]
+    command += ["worker", *map(str, arguments), "--until-stdin-ends", *map(str, sys.argv)]
     # In a session of its own: Ctrl-C in the terminal is for us, and may only interrupt a wait.
     options = {"stdin": subprocess.PIPE, "start_new_session": True}
     options["env"] = ENVIRONMENT | os.environ | {"MINIDIST_DEPTH": str(DEPTH + 1)}

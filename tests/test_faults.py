@@ -462,12 +462,13 @@ def test_tasks_find_the_arguments_and_flags_of_their_script(tmp_path):
     (tmp_path / "script.py").write_text(
         "import sys, minidist\n"
         "def look():\n"
-        "    return sys.argv[1:], sys.flags.optimize, sys.warnoptions\n"
+        "    return sys.argv[1:3], len(sys.argv), sys.flags.optimize, sys.warnoptions\n"
         "print(*minidist.Client(n_workers=1).submit(look).result())\n"
     )
     script = ["-OO", "-W", "ignore", tmp_path / "script.py", "one", "two words"]
-    with Process(*script, PYTHONPATH=str(ROOT)) as p:
-        assert p.communicate(timeout=30) == ("['one', 'two words'] 2 ['ignore']\n", "")
+    many = ["x" * 50_000] * 4  # More than Linux takes as one argument.
+    with Process(*script, *many, PYTHONPATH=str(ROOT)) as p:
+        assert p.communicate(timeout=30) == ("['one', 'two words'] 7 2 ['ignore']\n", "")
 
 
 def test_one_command_starts_several_workers_with_numbered_names(scheduler):
