@@ -2644,8 +2644,11 @@ class Connection:
         Raises OSError or EOFError if nobody is there, PermissionError if we are refused.
         """
         async with asyncio.timeout(LIMITS["handshake_seconds"]):
-            # (A name may have several addresses, and one of them be of no use from here.)
-            options = {"limit": 4 * CHUNK, "happy_eyeballs_delay": 0.25}
+            # A name may have several addresses, and one of them be of no use from here.  (For which
+            # uvloop, which many services use, has no option.)
+            own = isinstance(self.loop, asyncio.BaseEventLoop)
+            options = {"happy_eyeballs_delay": 0.25} if own else {}
+            options["limit"] = 4 * CHUNK
             streams = await asyncio.open_connection(*split_address(address), **options)
         await self.open(*streams, role, worker)
 

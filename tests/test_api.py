@@ -438,6 +438,23 @@ def test_a_close_waits_until_the_scheduler_has_read_what_was_said_before(schedul
         assert other.story(future)
 
 
+def test_a_client_connects_in_a_loop_that_is_not_of_asyncio(monkeypatch):
+    """As uvloop's, which is another class, and knows fewer options."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        connect = loop.create_connection
+        monkeypatch.setattr(
+            loop, "create_connection", lambda make, host, port: connect(make, host, port)
+        )
+        monkeypatch.setattr(asyncio, "BaseEventLoop", types.ModuleType)
+        async with minidist.Scheduler() as scheduler:
+            async with Client(scheduler.address, asynchronous=True) as client:
+                assert await client.nthreads() == {}
+
+    asyncio.run(main())
+
+
 def open_descriptors():
     gc.collect()
     return len(os.listdir("/proc/self/fd"))
