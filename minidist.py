@@ -5421,11 +5421,16 @@ class LocalCluster(Threaded):
         arguments = [self.address, "--nthreads", self.threads_per_worker, "--name", name, "--quiet"]
         arguments += ["--log-level", "warning"]  # As here: a task may have a cluster of its own.
         while not self.scheduler.ended.is_set():
-            start = time.monotonic()
-            async with worker_process(*arguments, ended_by=signal.SIGKILL) as process:
-                self.scheduler.watched[name] = process
-                await process.wait()
-            if time.monotonic() - start < 1 and process.returncode == 1:
+            start, code = time.monotonic(), 1
+            try:
+                async with worker_process(*arguments, ended_by=signal.SIGKILL) as process:
+                    self.scheduler.watched[name] = process
+                    code = await process.wait()
+            except OSError as error:
+                if name not in self.scheduler.watched:
+                    raise  # Who starts this cluster is told.
+                logger.error("The worker %s cannot be replaced yet: %s", name, error)
+            if time.monotonic() - start < 1 and code == 1:
                 await asyncio.sleep(1)  # It did not even start: be patient with the next.
 
     async def _close(self):

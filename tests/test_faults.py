@@ -670,6 +670,17 @@ def test_a_silent_worker_of_a_local_cluster_is_killed_and_replaced(listener):
             assert line.recv(1) == b""
 
 
+def test_a_worker_of_a_local_cluster_is_replaced_as_soon_as_that_can_be_done(monkeypatch, caplog):
+    with Client(n_workers=1, threads_per_worker=1) as c:
+        pid = c.submit(os.getpid).result(30)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", "nowhere")
+            os.kill(pid, signal.SIGKILL)
+            while "The worker 0 cannot be replaced yet" not in caplog.text:
+                time.sleep(0.01)
+        assert c.submit(os.getpid, pure=False).result(30) != pid
+
+
 def test_a_script_needs_no_main_guard_and_its_tasks_can_import_what_is_beside_it(tmp_path):
     folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
     folder.mkdir(), elsewhere.mkdir()
