@@ -5587,6 +5587,9 @@ def main(argv=None):
             asyncio.run(until_stopped(options.run(options)))
     except (OSError, ValueError, OverflowError) as error:
         return f"minidist {options.command}: {error}"
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # What tasks have begun may hold up the end.
+            signal.signal(number, signal.SIG_DFL)
 
 
 async def until_stopped(coroutine):

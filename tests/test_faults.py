@@ -526,6 +526,25 @@ def test_a_second_signal_at_the_very_end_of_a_process_changes_nothing(tmp_path):
         assert end_of(p) == (0, "")
 
 
+def test_a_worker_whose_end_is_held_up_by_a_thread_of_a_task_can_be_ended(scheduler, listener):
+    @by_value
+    def call_home_in_a_thread(port):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(call_home, port).result()
+
+    with workers(scheduler.address, "a") as (worker,), Client(scheduler.address) as c:
+        future = c.submit(call_home_in_a_thread, port_of(listener))
+        with caller(listener):
+            worker.send_signal(signal.SIGTERM)
+            while c.nthreads():
+                time.sleep(0.01)
+            while worker.poll() is None:  # (Until it is out of its loop, it ignores them.)
+                worker.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    worker.wait(0.01)
+        assert future.status == "pending" and end_of(worker)[0] == -signal.SIGTERM
+
+
 def test_a_worker_process_ends_when_its_standard_input_does(scheduler):
     async def main():
         start = minidist.worker_process(scheduler.address, ended_by=signal.SIGTERM)
