@@ -2847,7 +2847,7 @@ def secret():
 def split_address(address):
     """("HOST", PORT) of "tcp://HOST:PORT" or "HOST:PORT"; ValueError if it is neither."""
     host, _, port = str(address).removeprefix("tcp://").rpartition(":")
-    if not host or "/" in host or not port.isdecimal() or int(port) > 65535:
+    if not host or "/" in host or ".." in f".{host}" or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{address!r} is no address: it should look like '127.0.0.1:8786'")
     return host.strip("[]"), int(port)
 
@@ -3247,7 +3247,8 @@ UNITS |= {word: UNITS[word[0]] for word in ("second", "minute", "hour", "day", "
 
 def seconds(timeout):
     """A timeout in seconds: None, a number, a timedelta, or a string like "10 ms", "2 minutes"."""
-    if timeout is None or (isinstance(timeout, (int, float)) and not isinstance(timeout, bool)):
+    number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if timeout is None or (number and timeout == timeout):  # (NaN would disorder a loop's timers.)
         return timeout
     if hasattr(timeout, "total_seconds"):  # a timedelta
         return timeout.total_seconds()
@@ -3355,8 +3356,10 @@ class Body(Shown, Entered):
         # (What is cancelled already is ending, and may have to clean up.)
         for task in [task for task in others if not task.cancelling()]:
             task.cancel()
-        # (Shielded: if another ``stop`` cancels this one, those that clean up go on.)
-        await asyncio.shield(asyncio.gather(*others, return_exceptions=True))
+        # (By ``wait``: if another ``stop`` cancels this one, those that clean up go on.  And not for
+        # ever: a task of the user's may make nothing of being cancelled.)
+        gone = asyncio.gather(*others, return_exceptions=True)
+        await asyncio.wait([gone], timeout=LIMITS["stall_seconds"])
 
     async def listen(self, host, port):
         """Serve whoever connects; ``address`` says where.  Raises OSError if the port is taken."""
@@ -3463,7 +3466,7 @@ class Body(Shown, Entered):
         try:
             await connection.connect(holder.partition("#")[0], self.role, holder)
             await self.follow(holder, connection)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, ValueError) as error:  # (The last: what it says is no address.)
             logger.warning("Cannot reach %s: %s", holder, str(error) or "no answer")
             del self.links[holder]
         self.happens("link-lost", holder)

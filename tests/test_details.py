@@ -2009,7 +2009,7 @@ def test_a_timeout_is_a_number_of_seconds_or_says_its_unit(text, value):
     assert minidist.seconds(text) == value
 
 
-@pytest.mark.parametrize("text", ["soon", "10 parsecs", "", "ms", True, "1.2.3 s"])
+@pytest.mark.parametrize("text", ["soon", "10 parsecs", "", "ms", True, "1.2.3 s", math.nan])
 def test_what_is_no_time_is_no_timeout(text):
     with pytest.raises(ValueError):
         minidist.seconds(text)
@@ -2036,12 +2036,20 @@ def test_an_address_of_another_protocol_is_none(address):
 
 @pytest.mark.parametrize(
     "address",
-    ["127.0.0.1", "here:there", "127.0.0.1:-1", "127.0.0.1:65536", ":8786", "tcp://:8786"],
+    ["127.0.0.1", "here:there", "127.0.0.1:-1", "127.0.0.1:65536", ":8786", "10.0..5:8786"],
 )
 def test_an_address_is_a_host_and_the_number_of_a_port(address):
     for kind in (Client, Worker):
         with pytest.raises(ValueError, match="is no address"):
             kind(address)
+
+
+@on_cluster
+async def test_a_holder_whose_address_is_none_cannot_be_reached_like_any_that_is_gone(c, a, b):
+    b.state.send("tcp://10.0..5:8786#x", "get-data", [("x", 1)])
+    b.flush()
+    assert len(b.links) == 2
+    await until(lambda: list(b.links) == ["scheduler"])
 
 
 @on_cluster

@@ -34,6 +34,7 @@ from test_api import GATES, RUNS, gates, through, until  # noqa: F401
 import minidist
 from minidist import (
     ALLOWED_FAILURES,
+    LIMITS,
     CancelledError,
     Client,
     KilledWorker,
@@ -1015,6 +1016,25 @@ async def test_a_coroutine_is_cancelled_when_its_worker_closes(c, a, b):
     await until(lambda: RUNS)
     await a.close()
     assert RUNS == ["begun", "over"]
+    await c.cancel(future)
+
+
+async def stay_whatever_comes(gate):
+    while not GATES[gate].is_set():
+        with contextlib.suppress(asyncio.CancelledError):
+            RUNS.append("still here")
+            await asyncio.sleep(0.01)
+
+
+@on_cluster
+async def test_a_worker_closes_though_a_coroutine_makes_nothing_of_being_cancelled(c, a, b):
+    future = c.submit(stay_whatever_comes, 0, workers=[a.address])
+    await until(lambda: RUNS)
+    with unittest.mock.patch.dict(LIMITS, stall_seconds=0.1):
+        await a.close()
+    RUNS.clear()
+    await until(lambda: RUNS)
+    GATES[0].set()
     await c.cancel(future)
 
 
