@@ -4081,10 +4081,11 @@ class Future(Shown):
     future`` is its result.
     """
 
-    def __init__(self, key, client):
+    def __init__(self, key, client, held):
         self.key, self.client = key, client
         self._state = None  # the FutureState, as soon as the client's loop has read its inbox
-        self._live = [None]  # popped once, by whoever releases it: list.pop is atomic
+        self._held = held  # a list, with that in it until the loop lets go of it: once
+        self._released = False
 
     def _known(self, timeout=None):
         """Its state; to have one, the loop has to act on what was posted so far.
@@ -4183,20 +4184,17 @@ class Future(Shown):
 
         Other futures of the same key keep it; without any, this one is cancelled, unless it failed.
         """
-        with contextlib.suppress(IndexError):
-            self._live.pop()
-            self.client._post(lambda: self.client.state.stimulus_release(self._state))
+        self.client._post(self.client._let_go, self._held)
+        self._released = True
 
     def __del__(self):
         # No lock, and nothing that waits: the collector may call this anywhere.  After a fork the
-        # parent's futures are none of the child's business.  (No lambda, which would bring back to
-        # life what is being deleted.)
+        # parent's futures are none of the child's business.
         try:
-            if self._state is not None and self.client._pid == os.getpid():
-                self._live.pop()
-                self.client._post(self.client.state.stimulus_release, self._state)
+            if self._held and self.client._pid == os.getpid():
+                self.client._post(self.client._let_go, self._held)
         except Exception:
-            pass  # Released before, or the interpreter is going down.
+            pass  # The interpreter is going down.
 
     def __await__(self):
         """``await future`` is ``await future.result()``; TypeError for a synchronous client's."""
@@ -4722,7 +4720,7 @@ class Client(Threaded, Body):
         run_spec, futures = dump_call(function, args, kwargs)
         self._check_own(futures)
         for future in futures:
-            if not future._live:
+            if future._released:
                 raise ValueError(f"{future!r}, among the arguments, was released")
         if sum(map(len, run_spec)) > LIMITS["argument_bytes"]:
             text = "a call of more than 10 MB travels through the scheduler"
@@ -4744,7 +4742,7 @@ class Client(Threaded, Body):
         if key is None:
             # (The kernel is asked for chance once: it takes microseconds.)
             key = pure_key(name, frames) if pure else f"{name}-{self._unique}{next(self._numbers)}"
-        future = Future(key, self)
+        future = Future(key, self, [])
         self._post(self._enter, future, stimulus, frames, *fields)
         # (In the loop of a synchronous client only finalizers submit, in the midst of anything.)
         if self.asynchronous and threading.current_thread() is self._thread:
@@ -4753,6 +4751,12 @@ class Client(Threaded, Body):
 
     def _enter(self, future, stimulus, *fields):
         future._state = stimulus(future.key, *fields)
+        future._held.append(future._state)
+
+    def _let_go(self, held):
+        """Whoever asks for it, and however often: a future counts once."""
+        if held:
+            self.state.stimulus_release(held.pop())
 
     def scatter(self, data, workers=None, broadcast=False, direct=None, hash=True, timeout=None):
         """Put data on the workers; return futures of it, when it is there.

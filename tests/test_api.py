@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 import types
+import unittest.mock
 
 import pytest
 
@@ -453,6 +454,25 @@ def test_a_client_connects_in_a_loop_that_is_not_of_asyncio(monkeypatch):
                 assert await client.nthreads() == {}
 
     asyncio.run(main())
+
+
+def test_a_release_that_was_interrupted_can_be_done_again(monkeypatch):
+    with Client(processes=False) as c:
+        future = c.submit(abs, -1)
+        assert future.result() == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(c, "_post", unittest.mock.Mock(side_effect=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                future.release()
+        future.release()
+        while c.who_has():
+            pass
+
+
+def test_a_future_is_made_by_its_client_alone():
+    with Client(processes=False) as c:
+        with pytest.raises(TypeError):
+            minidist.Future("x", c)
 
 
 def open_descriptors():
