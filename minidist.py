@@ -4681,13 +4681,13 @@ class Client(Threaded, Body):
         # dask: has these options; they are not built here.
         self._check_call(func, kwargs, {"resources", "actor", "actors", "fifo_timeout"})
         priority, workers = kwargs.pop("priority", 0), kwargs.pop("workers", None)
-        if not isinstance(priority, numbers.Real) or priority != priority:
+        if not isinstance(priority, (numbers.Real, types.NoneType)) or priority != priority:
             raise TypeError(f"priority={priority!r:.80} is no number")
         loose = whether("allow_other_workers", kwargs.pop("allow_other_workers", False))
         if loose and workers is None:
             raise ValueError("allow_other_workers= without workers=: other than which?")
         retries = whole("retries", kwargs.pop("retries", None) or 0, least=0)
-        priority = float(max(-MANY, min(priority, MANY)))  # It may be infinite.
+        priority = float(max(-MANY, min(priority or 0, MANY)))  # It may be infinite.
         return priority, names_of(workers) or [], loose, retries
 
     def _check_call(self, func, kwargs, reserved):
@@ -5027,7 +5027,7 @@ def names_of(workers):
     if workers is None:
         return None
     names = [workers] if isinstance(workers, str) else workers
-    if not isinstance(names, (list, tuple, set)) or not all(isinstance(n, str) for n in names):
+    if not isinstance(names, abc.Collection) or not all(isinstance(n, str) for n in names):
         raise TypeError(f"workers={workers!r} is no address, host or name, nor a list of them")
     return list(names)
 
@@ -5213,10 +5213,15 @@ class as_completed(abc.Iterator, abc.AsyncIterator):
         """All that are done, as a list; with ``block``, at least one, for which it waits.
 
         For an iteration by ``for``, whose client is synchronous.  With ``block``, raises
-        StopIteration if none is left.
+        StopIteration if none is left.  A batch ends before a result that is an error to be raised:
+        that is the first of the next one.
         """
         batch = [next(self)] if block else []
-        return batch + list(islice(self, len(self._ready)))  # (Others may take some of them.)
+        for _, state in list(self._ready):  # (Others may take some of them.)
+            if batch and self.raise_errors and state and state.status == "error":
+                break
+            batch += islice(self, min(1, len(self._ready)))
+        return batch
 
     def batches(self):
         """Iterate over ``next_batch()``."""
@@ -5363,7 +5368,7 @@ class LocalCluster(Threaded):
     worker process that is lost is replaced, and each ends when this process does, however that
     ends.  What can be imported here can be there.
 
-    ``options`` are those of ``Scheduler`` (but ``worker_ttl`` is 300): with ``host="0.0.0.0"``,
+    ``more`` are options of ``Scheduler`` (but ``worker_ttl`` is 300): with ``host="0.0.0.0"``,
     clients and workers on other machines can join.  ``address`` (dask: ``scheduler_address``) is
     its scheduler's, ``scheduler`` the scheduler itself, whose ``state`` can be looked at.  It has
     started when this returns, and ``with`` closes it; if ``asynchronous``, ``async with`` starts
@@ -5378,7 +5383,7 @@ class LocalCluster(Threaded):
     address = scheduler_address = "not started"
 
     def __init__(
-        self, n_workers=None, threads_per_worker=None, processes=True, asynchronous=False, **options
+        self, *, n_workers=None, threads_per_worker=None, processes=True, asynchronous=False, **more
     ):
         cores, threads = os.cpu_count() or 1, threads_per_worker
         if threads is not None:
@@ -5387,14 +5392,14 @@ class LocalCluster(Threaded):
             n_workers = max(1, cores // (threads or 1)) if processes else 1
         self.n_workers, self.processes = whole("n_workers", n_workers, least=0), processes
         self.threads_per_worker = threads or max(1, cores // max(n_workers, 1))
-        if unknown := options.keys() - inspect.signature(Scheduler).parameters.keys():
+        if unknown := more.keys() - inspect.signature(Scheduler).parameters.keys():
             raise TypeError(f"a local cluster does not know the option {min(unknown)}=")
         if processes and DEPTH > 1:  # Else each would start the next, without end.
             text = "a cluster in a task, in a task: does a module that tasks import start one?"
             raise RuntimeError(f"{text} Do so under: if __name__ == '__main__'")
         # Be patient: that a process of ours has ended is seen at once, and a call that keeps the
         # interpreter's lock makes a worker silent, too.
-        self.scheduler = Scheduler(**{"worker_ttl": 300, **options})
+        self.scheduler = Scheduler(**{"worker_ttl": 300, **more})
         self.workers = []  # the Workers, if they live in this process
         self.keepers = {}  # else for each worker, by its name, an asyncio task
         self._live(asynchronous)

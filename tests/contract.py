@@ -2435,6 +2435,11 @@ async def run_takes_the_addresses_of_workers(client):
     return list((await client.run(name_later, workers=[bob])).values())
 
 
+@program("run", gives=True)
+async def run_takes_the_keys_of_a_dict_of_workers(client):
+    return await client.run(name_later, workers=(await names(client)).keys()) == await names(client)
+
+
 @program("run", gives={})
 async def run_may_run_nowhere(client):
     return await client.run(inc, 1, workers=[])

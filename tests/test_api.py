@@ -469,6 +469,22 @@ def test_a_release_that_was_interrupted_can_be_done_again(monkeypatch):
             pass
 
 
+def test_a_batch_ends_before_what_is_raised_and_nothing_of_it_is_lost():
+    def invert(x):
+        return 1 // x
+
+    with Client(processes=False, threads_per_worker=1) as c:
+        futures = minidist.as_completed(c.map(invert, [1, -1, 0, 0.0, 2]), with_results=True)
+        while len(futures._ready) < 5:
+            c.run(abs, 1)
+        assert [result for _, result in futures.next_batch()] == [1, -1]
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                futures.next_batch(block=False)
+        assert [result for _, result in futures.next_batch(block=False)] == [0]
+        assert futures.is_empty()
+
+
 def test_a_future_is_made_by_its_client_alone():
     with Client(processes=False) as c:
         with pytest.raises(TypeError):
@@ -508,7 +524,7 @@ def test_whatever_is_cancelled_in_any_turn_of_the_loop_leaves_nothing(kind):
             "scheduler": lambda: minidist.Scheduler(),
             "worker": lambda: Worker(address, 1),
             "client": lambda: Client(address, asynchronous=True),
-            "cluster": lambda: minidist.LocalCluster(1, 1, **options),
+            "cluster": lambda: minidist.LocalCluster(n_workers=1, threads_per_worker=1, **options),
         }
         async with make[kind]():
             pass

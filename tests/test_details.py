@@ -2504,9 +2504,9 @@ async def test_a_size_that_makes_no_sense_is_not_believed(c, a, b):
         sized = type("Sized", (), {"nbytes": nbytes})()
         future = await c.scatter(sized, hash=False)
         assert 0 < (await c.nbytes(summary=False))[future.key] < 1000
-    for priority in (10**5000, -math.inf, -1e300):
+    for priority in (10**5000, -math.inf, -1e300, None):
         assert await c.submit(abs, 1, priority=priority) == 1
-    for priority in (math.nan, "1", None, 1j):
+    for priority in (math.nan, "1", "", 1j):
         with pytest.raises(TypeError, match="is no number"):
             c.submit(abs, 1, priority=priority)
     with pytest.raises(ValueError, match="retries=.* is too large"):
@@ -2641,7 +2641,7 @@ def test_the_cluster_of_a_client_can_be_closed_as_any_other():
 
 
 def test_a_cluster_that_a_client_shuts_down_closes_as_if_it_was_closed():
-    with minidist.LocalCluster(1, processes=False) as cluster:
+    with minidist.LocalCluster(n_workers=1, processes=False) as cluster:
         scheduler, (worker,) = cluster.scheduler, cluster.workers
         Client(cluster).shutdown()
         for _ in range(1000):
@@ -2652,7 +2652,7 @@ def test_a_cluster_that_a_client_shuts_down_closes_as_if_it_was_closed():
 
 
 def test_a_client_knows_the_cluster_that_it_was_given_and_leaves_it_as_it_is():
-    with minidist.LocalCluster(1, processes=False) as cluster:
+    with minidist.LocalCluster(n_workers=1, processes=False) as cluster:
         for _ in range(2):
             with Client(cluster) as c:
                 assert c.cluster is cluster

@@ -269,7 +269,7 @@ def test_a_client_shows_the_workers_that_are_there_now_or_were_when_it_last_aske
 
 def test_what_has_not_started_says_so_and_then_where_it_is():
     async def main():
-        cluster = LocalCluster(1, processes=False, asynchronous=True)
+        cluster = LocalCluster(n_workers=1, processes=False, asynchronous=True)
         worker, text = Worker("127.0.0.1:1"), "<Worker: not started>"
         assert (repr(worker), repr(cluster.scheduler)) == (text, "<Scheduler: not started>")
         assert repr(cluster).startswith("<LocalCluster: not started, 0 workers")
