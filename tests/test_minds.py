@@ -374,6 +374,17 @@ def test_what_crosses_a_cancel_is_told_who_cancelled_what():
     assert told_why == ["'x' was cancelled by other"] * 2
 
 
+def test_what_is_made_from_a_cancelled_value_that_is_here_is_told_why_that_was_cancelled():
+    client = ClientMind()
+    x = client.stimulus_submit("x", "inc", (b"x",), [], 0)
+    client.stimulus_key_in_memory("scheduler", "x", x.want, 5, 8, "int", ["w"], (b"42",))
+    client.stimulus_key_cancelled("scheduler", "x", x.want, "the data 'd' was lost")
+    y = client.stimulus_submit("y", "inc", (b"y",), [x], 0)
+    assert (x.status, x.value) == ("finished", (b"42",))
+    words = "its input 'x' was cancelled: the data 'd' was lost"
+    assert (y.status, y.text) == ("cancelled", words)
+
+
 def test_many_that_leave_are_let_go_in_one_moment():
     many = [f"w{number}" for number in range(sys.getrecursionlimit())]
     s = Scheduler(*many)
