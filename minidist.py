@@ -4342,7 +4342,8 @@ class Threaded(Shown, Entered):
 
         A client's pending futures are cancelled; results that are here stay readable, all others
         are let go.  A cluster that it has started for itself ends, too.  Raises TimeoutError if
-        that takes more than ``timeout`` seconds.
+        that takes more than ``timeout`` seconds.  (To a scheduler that does not react, 30 are
+        given.)
         """
         if self.asynchronous:
             return asyncio.wait_for(self._close(), seconds(timeout))
@@ -4453,7 +4454,8 @@ class Client(Threaded, Body):
             # The scheduler hangs up when it has read that: if we did while something of it is under
             # way to us, TCP would reset the connection, and the end of what we said might be lost.
             # (Seconds of work may be before it.)
-            self._scheduler.writer.write_eof()
+            if not self._scheduler.writer.is_closing():  # (Else uvloop would raise.)
+                self._scheduler.writer.write_eof()
             await asyncio.wait([self._scheduler.following], timeout=LIMITS["stall_seconds"])
             await self.stop()
             await self._scheduler.close()
@@ -5217,10 +5219,11 @@ class as_completed(abc.Iterator, abc.AsyncIterator):
         that is the first of the next one.
         """
         batch = [next(self)] if block else []
-        for _, state in list(self._ready):  # (Others may take some of them.)
-            if batch and self.raise_errors and state and state.status == "error":
-                break
-            batch += islice(self, min(1, len(self._ready)))
+        with self._lock:
+            for _, state in list(self._ready):
+                if batch and self.raise_errors and state and state.status == "error":
+                    break
+                batch.append(self._take(StopIteration))
         return batch
 
     def batches(self):
@@ -5458,7 +5461,8 @@ class LocalCluster(Threaded):
             self.scheduler.happens("shutdown", "its LocalCluster")
         if there:
             _, held_up = await asyncio.wait(there, timeout=4)
-            for task in held_up:
+            # (Only once: who closes this, and ``_end``, are both here.)
+            for task in [task for task in held_up if not task.cancelling()]:
                 task.cancel()
         await self.scheduler.close()
 
@@ -5599,9 +5603,6 @@ def main(argv=None):
             asyncio.run(until_stopped(options.run(options)))
     except (OSError, ValueError, OverflowError) as error:
         return f"minidist {options.command}: {error}"
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):  # What tasks have begun may hold up the end.
-            signal.signal(number, signal.SIG_DFL)
 
 
 async def until_stopped(coroutine):
@@ -5613,6 +5614,7 @@ async def until_stopped(coroutine):
     numbers, loop = (signal.SIGINT, signal.SIGTERM), asyncio.get_running_loop()
     for number in numbers:
         loop.add_signal_handler(number, asyncio.current_task().cancel)
+        atexit.register(signal.signal, number, signal.SIG_IGN)  # The last thing that is done.
 
     def as_any_program():
         signal.set_wakeup_fd(-1)
@@ -5626,9 +5628,11 @@ async def until_stopped(coroutine):
     try:
         await coroutine
     finally:
-        for number in numbers:  # It ends already: what comes now would find half a loop.
+        # It ends already: what comes now would find half a loop.  But what tasks have begun may
+        # hold that up: then this is the end.
+        for number in numbers:
             loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, lambda *_: os._exit(0))
 
 
 async def run_scheduler(options):

@@ -156,7 +156,10 @@ def test_a_queue_gives_the_smallest_priority_first_and_forgets_what_was_taken_ou
         order.append(item.priority)
         queue.discard(item)
     assert order == sorted(item.priority for item in items[::4])
-    assert len(queue) == 0 and not queue.heap
+    assert len(queue) == 0
+    queue.push(items[0])
+    queue.discard(items[0])
+    assert not queue.heap
 
 
 def test_the_minds_know_no_network_no_clock_no_chance_and_no_pickle():

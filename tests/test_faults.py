@@ -527,23 +527,65 @@ def test_a_second_signal_at_the_very_end_of_a_process_changes_nothing(tmp_path):
         assert end_of(p) == (0, "")
 
 
-def test_a_worker_whose_end_is_held_up_by_a_thread_of_a_task_can_be_ended(scheduler, listener):
-    @by_value
-    def call_home_in_a_thread(port):
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            pool.submit(call_home, port).result()
+@by_value
+def call_home_in_a_thread(port):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(call_home, port).result()
 
+
+@by_value
+async def call_home_from_the_loop(port):
+    await asyncio.to_thread(call_home, port)
+
+
+@by_value
+async def call_home_and_stay(port):
+    with socket.create_connection(("127.0.0.1", port)) as home:
+        home.sendall(os.getpid().to_bytes(8, "big"))
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(1)
+
+
+def signals_until_the_end_of(p, number, seconds):
+    while p.poll() is None:
+        p.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            p.wait(seconds)
+    return end_of(p)
+
+
+@pytest.mark.parametrize(
+    "task", [call_home_in_a_thread, call_home_from_the_loop, call_home_and_stay]
+)
+def test_a_worker_whose_end_is_held_up_by_a_task_ends_when_it_is_asked_again(
+    task, scheduler, listener
+):
     with workers(scheduler.address, "a") as (worker,), Client(scheduler.address) as c:
-        future = c.submit(call_home_in_a_thread, port_of(listener))
+        future = c.submit(task, port_of(listener))
         with caller(listener):
             worker.send_signal(signal.SIGTERM)
             while c.nthreads():
                 time.sleep(0.01)
-            while worker.poll() is None:  # (Until it is out of its loop, it ignores them.)
-                worker.send_signal(signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    worker.wait(0.01)
-        assert future.status == "pending" and end_of(worker)[0] == -signal.SIGTERM
+            assert signals_until_the_end_of(worker, signal.SIGTERM, 0.01) == (0, "")
+        assert future.status == "pending"
+
+
+def test_a_worker_may_have_a_name_that_its_standard_output_has_no_letters_for(scheduler):
+    command = [SCRIPT, "worker", scheduler.address, "--name", "Zoë"]
+    with Process(*command, PYTHONIOENCODING="ascii") as p, Client(scheduler.address) as c:
+        assert p.stdout.readline().startswith("Worker Zo\\xeb at tcp://")
+        assert names_of_workers(c) == ["Zoë"]
+
+
+def test_however_many_signals_end_a_process_its_exit_code_is_0(scheduler):
+    with (
+        workers(scheduler.address, "a") as (worker,),
+        Process(SCRIPT, "scheduler", "--port", 0) as p,
+    ):
+        assert p.address
+        for process in worker, p:
+            assert signals_until_the_end_of(process, signal.SIGINT, 0.001) == (0, "")
 
 
 def test_a_worker_process_ends_when_its_standard_input_does(scheduler):
