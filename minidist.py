@@ -121,6 +121,7 @@ LIMITS = {
     "story": 10_000,  # transitions that a mind remembers
     "argument_bytes": 10_000_000,  # larger arguments of one call get a warning
     "start_seconds": 60,  # a local cluster's worker processes have to be there
+    "close_seconds": 30,  # who closes waits no longer until others are done
     "stall_seconds": 30,  # a peer that takes no byte for so long is dropped (on Linux); ...
     "patience_seconds": 300,  # ... by who accepted the connection, or is on the same host
 }
@@ -559,7 +560,8 @@ class FutureState:
     value: tuple = ()
     # Set in "error" only: a pickled exception; where none was ever pickled, ``type`` is its kind.
     exception: tuple = ()
-    # Set in "cancelled", and in "error" if there is no exception: why.
+    # Set in "cancelled", and in "error" if there is no exception: why.  (And, whatever the status,
+    # when it was cancelled after its value or exception was here: why nothing is made from it.)
     text: str = ""
 
     # Of scattered data: its frames, until it is where it was to be put.
@@ -1033,6 +1035,7 @@ class ClientState:
 # little that more may be sent; it has enough; it takes no more.
 EMPTY, FREE, ROOM, FULL, LEAVING = range(5)
 GIVEN_UP = "CancelledError"  # the kind of an error that is a cancel: data was lost
+LONG_AGO = "{!r} was cancelled, or lost, so long ago that nobody knows why"
 WAITING = ("waiting", "queued", "no-worker")  # for inputs; for room; for a worker that may run it
 
 
@@ -1116,8 +1119,8 @@ class SchedulerMind(Mind):
             if self.wanted_by(cs, input_key, number) is None:
                 # On one ordered stream that want can only have been cancelled or lost.  What
                 # bears the key now may be another call of another client.
-                text = f"its input {input_key!r} was cancelled, or lost, some time ago"
-                return self.end_want(client, key, want, self.endings.get((client, input_key), text))
+                text = self.endings.get((client, input_key), LONG_AGO.format(input_key))
+                return self.end_want(client, key, want, text)
         if ts is None:
             dependencies = {self.tasks[input_key]: None for input_key, _ in inputs}
             ts = self.new_task(key, name, run_spec, dependencies, priority, *options)
@@ -1202,7 +1205,7 @@ class SchedulerMind(Mind):
         cs, ts = self.clients[client], self.tasks.get(key)
         if ts not in cs.wants_what:
             # It was cancelled, or lost, while the retry was under way.
-            text = self.endings.get((client, key), "it was cancelled, or lost, some time ago")
+            text = self.endings.get((client, key), LONG_AGO.format(key))
             return self.end_want(client, key, want, text)
         self.want(cs, ts, want, tell=ts.state != "erred")
         found, seen = [ts], {ts}
@@ -3359,7 +3362,7 @@ class Body(Shown, Entered):
         # (By ``wait``: if another ``stop`` cancels this one, those that clean up go on.  And not for
         # ever: a task of the user's may make nothing of being cancelled.)
         gone = asyncio.gather(*others, return_exceptions=True)
-        await asyncio.wait([gone], timeout=LIMITS["stall_seconds"])
+        await asyncio.wait([gone], timeout=LIMITS["close_seconds"])
 
     async def listen(self, host, port):
         """Serve whoever connects; ``address`` says where.  Raises OSError if the port is taken."""
@@ -4184,7 +4187,7 @@ class Future(Shown):
 
         Other futures of the same key keep it; without any, this one is cancelled, unless it failed.
         """
-        self.client._post(self.client._let_go, self._held)
+        self.client._post(self.client._release, self._held)
         self._released = True
 
     def __del__(self):
@@ -4192,7 +4195,7 @@ class Future(Shown):
         # parent's futures are none of the child's business.
         try:
             if self._held and self.client._pid == os.getpid():
-                self.client._post(self.client._let_go, self._held)
+                self.client._post(self.client._release, self._held)
         except Exception:
             pass  # The interpreter is going down.
 
@@ -4456,7 +4459,7 @@ class Client(Threaded, Body):
             # (Seconds of work may be before it.)
             if not self._scheduler.writer.is_closing():  # (Else uvloop would raise.)
                 self._scheduler.writer.write_eof()
-            await asyncio.wait([self._scheduler.following], timeout=LIMITS["stall_seconds"])
+            await asyncio.wait([self._scheduler.following], timeout=LIMITS["close_seconds"])
             await self.stop()
             await self._scheduler.close()
         if self._owns:
@@ -4755,7 +4758,7 @@ class Client(Threaded, Body):
         future._state = stimulus(future.key, *fields)
         future._held.append(future._state)
 
-    def _let_go(self, held):
+    def _release(self, held):
         """Whoever asks for it, and however often: a future counts once."""
         if held:
             self.state.stimulus_release(held.pop())
@@ -5614,7 +5617,8 @@ async def until_stopped(coroutine):
     numbers, loop = (signal.SIGINT, signal.SIGTERM), asyncio.get_running_loop()
     for number in numbers:
         loop.add_signal_handler(number, asyncio.current_task().cancel)
-        atexit.register(signal.signal, number, signal.SIG_IGN)  # The last thing that is done.
+        # (Python ends by giving signals their defaults, which would be another exit code.)
+        atexit.register(signal.signal, number, signal.SIG_IGN)
 
     def as_any_program():
         signal.set_wakeup_fd(-1)
@@ -5691,7 +5695,7 @@ async def run_worker(options):
     """A worker, until the scheduler is gone or somebody ends this process.
 
     It waits for a scheduler for as long as it takes.  When it is asked to end, it first hands over
-    what only it holds; a second Ctrl-C ends it at once.
+    what only it holds; a second Ctrl-C ends that, and a third what tasks hold up.
     """
     if options.until_stdin_ends:
         threading.Thread(target=end_with_stdin, daemon=True).start()

@@ -1072,7 +1072,7 @@ async def stay_whatever_comes(gate):
 async def test_a_worker_closes_though_a_coroutine_makes_nothing_of_being_cancelled(c, a, b):
     future = c.submit(stay_whatever_comes, 0, workers=[a.address])
     await until(lambda: RUNS)
-    with unittest.mock.patch.dict(LIMITS, stall_seconds=0.1):
+    with unittest.mock.patch.dict(LIMITS, close_seconds=0.1):
         await a.close()
     RUNS.clear()
     await until(lambda: RUNS)
