@@ -485,6 +485,14 @@ def test_a_batch_ends_before_what_is_raised_and_nothing_of_it_is_lost():
         assert futures.is_empty()
 
 
+@on_cluster
+async def test_a_future_that_is_released_twice_and_deleted_counts_once(c, a, b):
+    x, y = c.submit(abs, -1), c.submit(abs, -1)
+    x.release(), x.release()
+    del x
+    assert await y == 1 and c.state.futures[y.key].count == 1
+
+
 def test_a_future_is_made_by_its_client_alone():
     with Client(processes=False) as c:
         with pytest.raises(TypeError):
