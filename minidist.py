@@ -5108,10 +5108,11 @@ def default_client(c=None):
 def fire_and_forget(obj):
     """Let tasks run to their end though nobody keeps their futures; the results are dropped.
 
-    Also when the client has gone.  For what is called for its effect, like writing a file.  ``obj``
-    is a future, or futures in nested containers.  Returns None at once.  What such a task raises
-    nobody is told: keep a future where that matters.  Raises RuntimeError if the client is closed,
-    ConnectionError if the scheduler is lost.
+    Also when the client has gone, but not when the cluster has: one that ``Client()`` has started
+    ends with it.  For what is called for its effect, like writing a file.  ``obj`` is a future, or
+    futures in nested containers.  Returns None at once.  What such a task raises nobody is told:
+    keep a future where that matters.  Raises RuntimeError if the client is closed, ConnectionError
+    if the scheduler is lost.
     """
     for future in futures_of(obj):
         future.client._check_open()
