@@ -914,6 +914,7 @@ class ClientMind(FetchingMind):
 # a long one; and it is at stake when a worker dies.
 ROOM_US = 5_000
 UNKNOWN_US = 500_000  # what a task of an unmeasured function is taken for
+CALL_US = 20  # what any call costs its worker: so of those that take no time, 250 fill that room
 # dask: measures how fast workers transfer.
 TRANSFER_US = 1_000  # what any transfer costs, ...
 BYTES_PER_US = 100  # ... and how much is transferred in a microsecond: 100 MB/s
@@ -1726,7 +1727,7 @@ class SchedulerMind(Mind):
         return TRANSFER_US + sum(missing) // BYTES_PER_US if missing else 0
 
     def estimate(self, ts):
-        return self.durations.get(ts.name, UNKNOWN_US)
+        return max(self.durations.get(ts.name, UNKNOWN_US), CALL_US)
 
     # What it means to enter a state, and to leave it.
     #

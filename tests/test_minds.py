@@ -904,11 +904,11 @@ def test_a_task_as_long_as_the_room_is_short_and_fills_it():
 
 
 def test_a_long_task_takes_the_room_of_its_thread():
-    s = Scheduler("w", nthreads=3).measured("f", duration_us=10)
+    s = Scheduler("w", nthreads=3).measured("f", duration_us=50)
     s.submit("long")
     for n in range(2_000):
         s.submit(f"x{n}", name="f")
-    assert 1_000 <= len(s.workers["w"].processing) - 1 <= 1_002
+    assert 200 <= len(s.workers["w"].processing) - 1 <= 202
 
 
 def test_one_further_task_a_thread_is_sent_early_if_its_inputs_have_to_be_fetched():
