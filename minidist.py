@@ -11,7 +11,7 @@ calls and hold *futures*.  All three are processes that talk over asyncio stream
 It is the real thing with less of it: processes on several hosts, results that stay where they
 were made, peer-to-peer transfers, lost results that are computed again.  Left out is what would
 not introduce a new idea (collections, plugins, spilling to disk), and what is not built yet
-(README has the list).  Comments and docstrings that say "dask:" tell where it does otherwise.
+(README has the list).  Comments and docstrings that say "dask:" compare it, where it differs.
 
 How to read it.  Part one decides, and is pure: three *minds* that change their tables and leave
 messages in an outbox.  Nothing there does I/O, has a clock, or waits; so a student can drive
@@ -117,7 +117,7 @@ LIMITS = {
     "handshake_seconds": 10,
     "ride_along_bytes": 64 << 10,  # a result up to this size travels with its notice
     "holders": 8,  # replicas named to whoever fetches, or weighed when a worker is chosen
-    "remembered": 10_000,  # durations of functions, wants that ended; workers that are dead
+    "remembered": 10_000,  # durations, wants that ended, digests; workers that are dead
     "story": 10_000,  # transitions that a mind remembers
     "argument_bytes": 10_000_000,  # larger arguments of one call get a warning
     "start_seconds": 60,  # a local cluster's worker processes have to be there
@@ -1423,7 +1423,7 @@ class SchedulerMind(Mind):
         """[11] A worker says that an attempt has made its value, and that it holds it.
 
         ``duration_us`` is that of the call alone, ``nbytes`` the size of the result as an object;
-        ``value`` are its frames if they are few and a client waits for them.  How long it took is
+        ``value`` are its frames if they are few and a client wants it.  How long it took is
         worth knowing also of an attempt that was abandoned.
         """
         ws = self.workers[worker]
@@ -1904,7 +1904,7 @@ class SchedulerMind(Mind):
     def new_task(self, key, name, run_spec, dependencies, priority, workers=(), *options):
         """A task, which goes by the user's priority, then by when it was begun.
 
-        Begun is what needs results that are not there yet together with the last of those: it goes
+        What needs results that are not there yet counts as begun with the last of those: it goes
         before what was submitted between them and itself.  So of two maps, one of the results of
         the other, the first items have gone through both, and may be freed, when the last ones
         begin.  Were all of the first map computed before, all its results would have to be held.
@@ -2050,7 +2050,7 @@ class SchedulerMind(Mind):
             self.marked |= self.queue
 
     def ask_giver(self, ts):
-        """Ask the first client that has the data to put it on a worker, each one in its turn.
+        """Ask the first client that has the data to put it on a worker.  (Workers take turns.)
 
         The bytes go straight from the client to the worker, and are not the scheduler's to wait
         for: so the task is in "processing", with an attempt that takes no thread and no place in
@@ -3410,7 +3410,7 @@ class Body(Shown, Entered):
     def take(self, peer, op, fields):
         """Give the mind one message; subclasses add what is not the mind's business."""
         if op in ("goodbye", "refused"):
-            # We hang up: if the scheduler did, it might cut off what it has just said.
+            # We hang up, since the scheduler waits for that: it might cut off what it has said.
             self.parting = fields[0] if fields else ""
             raise EOFError
         self.stimulate(op, peer, *fields)
@@ -3549,8 +3549,8 @@ class Scheduler(Body):
     sign of life for ``worker_ttl`` seconds is dead.  ``record`` is a file for ``replay``.  An
     ``async with`` starts and closes it.  ``address`` is what workers and clients connect to,
     ``state`` the mind; the event ``ended`` is set when a client has shut the cluster down, and
-    then it should be closed.  Raises OSError if the port is taken, ValueError for a ``worker_ttl``
-    that is no time.
+    then it should be closed.  Raises OSError if the port is taken, ValueError or OverflowError for
+    a ``worker_ttl`` that is no time, or a port that is none.
 
         async with Scheduler() as scheduler, Worker(scheduler.address):
             async with Client(scheduler.address, asynchronous=True) as client:
@@ -3782,7 +3782,7 @@ class Worker(Body):
     ``nthreads`` tasks run at a time (default: one for each core); ``name`` is its own in the
     cluster (default: its address).  An ``async with`` starts and closes it; ``timeout`` seconds
     are given to the scheduler to answer, None waits for ever.  Raises OSError if there is no
-    scheduler, ValueError if the name is in use.
+    scheduler, ValueError if the name is in use, TypeError or ValueError for a bad argument.
 
     Threads take attempts from the mind by themselves; nobody hands them out.  They share one
     interpreter: pure Python code runs in one of them at a time, so several threads help tasks that
@@ -3895,7 +3895,7 @@ class Worker(Body):
     def run_task(self):
         """[9] Wait for a ready attempt, unpickle its call, run it, tell the mind what came of it.
 
-        A small result is pickled here, in the task's thread, if a client is waiting for it.
+        A small result is pickled here, in the task's thread, if a client wants it.
 
         Whatever goes wrong in here is this task's failure, and nobody else's: a call
         that cannot be unpickled, an exception that cannot be pickled, ``SystemExit``.
@@ -4383,7 +4383,9 @@ class Client(Threaded, Body):
     lives in the running event loop: use ``async with`` (or ``await`` it); methods that wait return
     awaitables, and futures can be awaited.  Otherwise its loop runs in a thread, so that it
     works in notebooks.  Raises OSError if no scheduler is there, PermissionError if it refuses us,
-    ValueError for what is no address.
+    ValueError for what is no address, TypeError for ``new`` beside one, and what LocalCluster does.
+    Once it is closed, what needs the cluster raises RuntimeError; once the scheduler is lost,
+    ConnectionError.
 
         with Client("127.0.0.1:8786") as client:    # or Client(), Client(n_workers=4)
             squares = client.map(lambda x: x * x, range(100))
@@ -4628,10 +4630,10 @@ class Client(Threaded, Body):
         that was submitted first; what needs results that are still to be computed counts as
         submitted with the last of them.  ``workers`` names those that may run it (an address, a
         host, a name, or a list of them; others too while there is none of these if
-        ``allow_other_workers``).  After an exception it is tried again up to ``retries`` times.
+        ``allow_other_workers``, or if an input cannot be fetched from where it is).  After an
+        exception it is tried again up to ``retries`` times.
         Raises TypeError for what cannot be pickled, TypeError or ValueError for a bad option,
-        ValueError for a future that is another client's or released, RuntimeError if this client
-        is closed, ConnectionError if the scheduler is lost.
+        ValueError for a future that is another client's or released.
 
         Say ``pure=False`` of what gives another result each time (a random number, the time), or
         is called for what it does.  It may run more than once all the same: if its worker dies
@@ -4772,8 +4774,9 @@ class Client(Threaded, Body):
         ``workers``; with ``broadcast``, each goes to all of them.  Equal data shares a key, unless
         not ``hash``.  It always goes directly to the workers, whatever ``direct``.  Scattered data
         cannot be computed again.  Raises TimeoutError if no worker holds it within ``timeout``
-        seconds (if None, the client's), TypeError for an iterator, a future, or what cannot be
-        pickled.
+        seconds (if None, the client's), CancelledError if it is lost meanwhile, TypeError for an
+        iterator, a future, a bad key, or what cannot be pickled.  While a key is in use, also by
+        another client, its first data is used.
 
         For what many calls need: an argument travels by the scheduler, with each call again.
         """
@@ -4898,8 +4901,7 @@ class Client(Threaded, Body):
 
         The addresses are a tuple, an empty one if nobody holds that key; a key that the scheduler
         does not know is left out.
-        Like all that looks inside, it asks the scheduler, and raises RuntimeError if this client is
-        closed, ConnectionError if the scheduler is lost.
+        Like all that looks inside, it asks the scheduler.
         """
         return self._run(self._ask, "who_has", keys_of(futures and futures_of(futures)))
 
@@ -4945,9 +4947,11 @@ class Client(Threaded, Body):
     def scheduler_info(self):
         """The scheduler's address, and what it knows of its workers, by their addresses.
 
-        Of each: ``id``, ``name``, ``nthreads`` and ``nbytes``, the size of what it holds.
+        Of each: ``id``, ``name``, ``nthreads`` and ``nbytes``, the size of what it holds.  An
+        asynchronous client does not ask: they are those of its last ``await nthreads()``, or of
+        its start.
         """
-        # dask: in an asynchronous client it is what it was a moment ago; here, too.
+        # dask: an asynchronous client names no workers there.
         workers = self._workers if self.asynchronous else self._run(self._ask, "workers")
         return {"type": "Scheduler", "address": self._address, "workers": workers}
 
@@ -4964,7 +4968,8 @@ class Client(Threaded, Body):
     def wait_for_workers(self, n_workers, timeout=None):
         """Wait until so many workers are there.  Raises TimeoutError after ``timeout`` seconds.
 
-        Calls may be submitted before: they wait for a worker by themselves.
+        ValueError for what is no positive whole number.  Calls may be submitted before: they wait
+        for a worker by themselves.
         """
         if type(n_workers) is not int or n_workers < 1:
             raise ValueError(f"n_workers={n_workers!r} is no positive whole number")
@@ -5123,10 +5128,11 @@ def fire_and_forget(obj):
 def wait(fs, timeout=None, return_when=ALL_COMPLETED):
     """Wait for futures: ``(done, not_done)``, two sets.
 
-    ``fs`` is a collection of futures of one client; of none, where no client is open, a ValueError.
-    ``return_when`` is ALL_COMPLETED, FIRST_COMPLETED or (beyond dask) FIRST_EXCEPTION.
-    Raises TimeoutError after ``timeout``, CancelledError if one of them was cancelled; errors of
-    tasks are not raised.  No result is fetched.
+    ``fs`` is a collection of futures of one client.  ``return_when`` is ALL_COMPLETED,
+    FIRST_COMPLETED or (beyond dask) FIRST_EXCEPTION.  Raises TimeoutError after ``timeout``,
+    CancelledError if one of them was cancelled, TypeError for ``wait(x, y)``, ValueError for
+    another word, for futures of two clients, and for none where no client is open.  Errors of tasks
+    are not raised.  No result is fetched.
     """
     if isinstance(timeout, Future):
         raise TypeError("wait takes one collection of futures: wait([x, y]), not wait(x, y)")
@@ -5381,8 +5387,8 @@ class LocalCluster(Threaded):
     its scheduler's, ``scheduler`` the scheduler itself, whose ``state`` can be looked at.  It has
     started when this returns, and ``with`` closes it; if ``asynchronous``, ``async with`` starts
     and closes it.  Raises OSError if the port is taken, or a client has shut it down before,
-    TimeoutError if its workers do not start, TypeError or ValueError for a bad option, RuntimeError
-    in a task of a cluster in a task.
+    TimeoutError if its workers do not start, TypeError for a bad option, or what Scheduler does,
+    RuntimeError in a task of a cluster in a task.
 
     With ``processes=False`` all is in one process: for a look at everything in a debugger, or for
     tasks that spend their time in compiled code or waiting.  (Results are pickled all the same.)
@@ -5398,7 +5404,8 @@ class LocalCluster(Threaded):
             threads = whole("threads_per_worker", threads, least=1)
         if n_workers is None:
             n_workers = max(1, cores // (threads or 1)) if processes else 1
-        self.n_workers, self.processes = whole("n_workers", n_workers, least=0), processes
+        self.n_workers = whole("n_workers", n_workers, least=0)
+        self.processes = whether("processes", processes)
         self.threads_per_worker = threads or max(1, cores // max(n_workers, 1))
         if unknown := more.keys() - inspect.signature(Scheduler).parameters.keys():
             raise TypeError(f"a local cluster does not know the option {min(unknown)}=")
@@ -5543,7 +5550,7 @@ LEVELS = {"choices": ("debug", "info", "warning", "error"), "default": "info"}
 
 def parse(argv):
     """The options of a command, with the coroutine function that ``run``s it."""
-    text = "Give the address that the scheduler prints to workers, and to Client(address)."
+    text = "Workers, and Client(address), need the address that the scheduler prints."
     about = __doc__ and __doc__.splitlines()[0]  # (python -OO leaves it out.)
     parser = argparse.ArgumentParser("minidist", description=about, epilog=text)
     commands = parser.add_subparsers(dest="command", required=True)

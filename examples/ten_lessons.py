@@ -1,4 +1,4 @@
-"""Ten short lessons on futures: each asserts what it shows, and is timed beside a plain loop.
+"""Ten short lessons on futures: each asserts what it shows; most have a plain loop beside them.
 
     python examples/ten_lessons.py
 

@@ -511,6 +511,14 @@ def a_large_result_is_behind_a_firewall():
 
 
 @failure
+def a_firewall_is_between_two_workers():
+    with local(n_workers=2) as c, unittest.mock.patch.object(minidist.Connection, "connect") as no:
+        no.side_effect = TimeoutError
+        parts = [c.submit(bytes, n, workers=name) for n, name in enumerate("01")]
+        return raised(c.submit(b"".join, parts).result)
+
+
+@failure
 def a_future_is_cancelled():
     with local(n_workers=0) as c:
         future = c.submit(abs, -1)
