@@ -2523,6 +2523,7 @@ async def test_a_size_that_makes_no_sense_is_not_believed(c, a, b):
         ({"n_workers": "2"}, TypeError, "n_workers='2' is no whole number"),
         ({"threads_per_worker": -2, "processes": False}, ValueError, "threads_per_worker=-2"),
         ({"threads_per_worker": 0}, ValueError, "threads_per_worker=0 is too small"),
+        ({"processes": "no"}, TypeError, "processes=.no. is neither True nor False"),
         ({"threads_per_worker": "two"}, TypeError, "threads_per_worker='two' is no whole"),
     ],
 )
