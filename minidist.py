@@ -2676,14 +2676,17 @@ class Connection:
         # whoever can be is more patient: who is on the same host, which is not gone; and who was
         # called, since others depend on it, while it hears of dead workers by their silence.
         here, there = ((writer.get_extra_info(name) or "?")[0] for name in ("sockname", "peername"))
-        limit = LIMITS["patience_seconds" if accepting or here == there else "stall_seconds"]
-        end, ask = writer.get_extra_info("socket"), LIMITS["stall_seconds"] // 3
+        self.bear(LIMITS["patience_seconds" if accepting or here == there else "stall_seconds"])
+        self.flush()
+
+    def bear(self, limit):
+        """Have the kernel drop a peer that takes nothing for so many seconds, or is not there."""
+        end, ask = self.writer.get_extra_info("socket"), LIMITS["stall_seconds"] // 3
         end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         options = {"TCP_KEEPIDLE": ask, "TCP_KEEPINTVL": ask, "TCP_USER_TIMEOUT": limit * 1000}
         for name, value in options.items():
             if hasattr(socket, name):  # macOS has not all of them by these names.
                 end.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        self.flush()
 
     def feed(self, feed_data, data):
         """The transport brings bytes: maybe a part of a batch, which may take long to be whole."""
@@ -2780,7 +2783,7 @@ class Connection:
 # Whoever holds the secret can run any code on every worker: that is what a cluster is for.
 
 HELLO = struct.Struct("!8sHBBB32s32s")  # magic, protocol, Python's version, role, nonce, worker
-MAGIC, PROTOCOL = b"minidist", 6
+MAGIC, PROTOCOL = b"minidist", 7
 ROLES = ["client", "worker", "scheduler", "holder"]
 REFUSAL = "wrong secret: set MINIDIST_TOKEN, or copy ~/.minidist/token, so that it is the same"
 
@@ -2806,17 +2809,13 @@ async def shake_hands(reader, writer, role, worker, accepting):
         raise ConnectionError(f"{worker} is not there" if worker else "that is a worker's port")
 
     hellos = theirs + mine if accepting else mine + theirs
-    try:
-        for who in (b"connector", b"acceptor"):
-            proof = hmac.digest(secret(), who + hellos, "sha256")
-            if accepting == (who == b"acceptor"):
-                writer.write(proof)
-            elif not hmac.compare_digest(await reader.readexactly(32), proof):
-                raise PermissionError(f"a {ROLES[peer]} with a {REFUSAL}")
-    except (asyncio.IncompleteReadError, ConnectionResetError):
-        if accepting:
-            raise
-        raise PermissionError(REFUSAL) from None  # It hung up on our proof.
+    for who in (b"connector", b"acceptor"):
+        proof = hmac.digest(secret(), who + hellos, "sha256")
+        if accepting == (who == b"acceptor"):
+            writer.write(proof)
+        elif not hmac.compare_digest(await reader.readexactly(32), proof):
+            writer.write(bytes(32))  # No proof: it must not take this for a broken connection.
+            raise PermissionError(f"a {ROLES[peer]} with a " * accepting + REFUSAL)
     return ROLES[peer]
 
 
@@ -3442,6 +3441,8 @@ class Body(Shown, Entered):
                 self.links[peer] = Connection()
                 self.links[peer].following = self.start(self.reach(peer, self.links[peer]))
             if peer in self.links:  # Else it is gone, or never was: the fire-and-forget client.
+                if message[0] == "key-in-memory" and self.links[peer].writing:
+                    message[-1] = ()  # Who is slow fetches it: values must not pile up here.
                 self.links[peer].send(message)
                 if message[0] == "refused":
                     self.start(self.links[peer].close())
@@ -3807,8 +3808,8 @@ class Worker(Body):
         """Listen where the scheduler was reached from: that is where peers will look for us."""
         if self.server is None:
             await self.listen(connection.writer.get_extra_info("sockname")[0], 0)
-            self.id = f"{self.address}#{unique()[:8]}"
             self.name = str(self.name if self.name is not None else self.address)
+        self.id = f"{self.address}#{unique()[:8]}"  # For each trial: the last one may be dead.
         return ["register-worker", self.id, self.name, self.nthreads, [], []]
 
     async def _start(self):
@@ -4432,7 +4433,7 @@ class Client(Threaded, Body):
         self._scheduler, _, batch = await reach_scheduler(self._address, self, self._timeout)
         self._refusal, self.links[SCHEDULER] = None, self._scheduler
         self._scheduler.following = self.start(self._listen(batch))
-        await self._ask("workers")
+        await self._ask("workers", limit=self._timeout or None)
         if self._set_as_default:
             Client._instances[self] = None
 
@@ -4456,11 +4457,12 @@ class Client(Threaded, Body):
             await self._catch_up()
             self._end(RuntimeError, "this client is closed: make a new one")
             self.links.pop(SCHEDULER, None)  # It is told nothing more.
-            await self._scheduler.written()
             # The scheduler hangs up when it has read that: if we did while something of it is under
             # way to us, TCP would reset the connection, and the end of what we said might be lost.
             # (Seconds of work may be before it.)
-            if not self._scheduler.writer.is_closing():  # (Else uvloop would raise.)
+            with contextlib.suppress(OSError, RuntimeError):  # It may be gone.  (The last: uvloop.)
+                self._scheduler.bear(LIMITS["close_seconds"])
+                await self._scheduler.written()
                 self._scheduler.writer.write_eof()
             await asyncio.wait([self._scheduler.following], timeout=LIMITS["close_seconds"])
             await self.stop()
@@ -4804,7 +4806,7 @@ class Client(Threaded, Body):
             try:
                 await self._settle(list(leaves_of(futures)), timeout)
             except TimeoutError:
-                there = len(await self._ask("workers", options[0] or None))
+                there = len(await self._ask("workers", options[0] or None, limit=1))
                 called = f" called {workers!r}" if workers else ""
                 hint = "" if there else ": start one"
                 text = f"not scattered after {timeout} s, with {there} workers{called}{hint}"
@@ -4868,8 +4870,11 @@ class Client(Threaded, Body):
 
     # Looking inside.
 
-    async def _question(self, peer, ask, *fields):
-        """Ask the scheduler or a worker; the other fields of its answer."""
+    async def _question(self, peer, ask, *fields, limit=None):
+        """Ask the scheduler or a worker; the other fields of its answer.
+
+        If it is late, it is not waited for, and dropped when it comes.
+        """
         self._check_open()
         await self._catch_up()
         number, answer = next(self._numbers), self.loop.create_future()
@@ -4877,21 +4882,23 @@ class Client(Threaded, Body):
         self.state.send(peer, ask, number, *fields)
         self.flush()
         # Whichever is first: the answer, or the end of the connection that should bring it.
-        await asyncio.wait([answer, self.links[peer].following], return_when=FIRST_COMPLETED)
+        ends = [answer, self.links[peer].following]
+        if not (await asyncio.wait(ends, timeout=limit, return_when=FIRST_COMPLETED))[0]:
+            raise TimeoutError(f"no answer from the {peer} within {limit} s")
         if not answer.done():
             del self._answers[number]
             self._check_open()
             raise ConnectionError(f"no connection to {peer}")
         return answer.result()
 
-    async def _ask(self, what, keys=None):
+    async def _ask(self, what, keys=None, limit=None):
         """Facts from the scheduler's tables, as ``SchedulerMind.facts_...`` collects them.
 
         They are about what ``keys`` name; None asks for all, which the scheduler takes from none.
         """
         if keys is not None and not keys:
             return {}
-        (rows,) = await self._question(SCHEDULER, "query", what, keys or [])
+        (rows,) = await self._question(SCHEDULER, "query", what, keys or [], limit=limit)
         facts = {thaw(key): thaw(fact) for key, fact in rows}
         self._workers = facts if what == "workers" and keys is None else self._workers
         return facts
@@ -4975,11 +4982,13 @@ class Client(Threaded, Body):
             raise ValueError(f"n_workers={n_workers!r} is no positive whole number")
 
         async def wait_for_workers():
-            start, limit = time.monotonic(), seconds(timeout)
-            while (there := len(await self._ask("workers"))) < n_workers:
-                if limit is not None and time.monotonic() - start > limit:
-                    raise TimeoutError(f"{there} of {n_workers} workers are there after {limit} s")
+            left = limit = seconds(math.inf if timeout is None else timeout)
+            start = time.monotonic()
+            while (there := len(await self._ask("workers", limit=max(left, 0.1)))) < n_workers:
                 await asyncio.sleep(0.01)
+                left = limit - (time.monotonic() - start)
+                if left < 0:
+                    raise TimeoutError(f"{there} of {n_workers} workers are there after {limit} s")
 
         return self._run(wait_for_workers)
 

@@ -426,6 +426,38 @@ def test_a_close_that_took_too_long_can_be_tried_again(scheduler):
     client.close(timeout=10)
 
 
+@pytest.mark.filterwarnings("ignore:a call of more than 10 MB")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no kernel can be told so")
+def test_a_close_does_not_wait_long_for_a_scheduler_that_takes_nothing(scheduler, monkeypatch):
+    monkeypatch.setitem(minidist.LIMITS, "close_seconds", 1)
+    client = Client(scheduler.address)
+    os.kill(scheduler.pid, signal.SIGSTOP)
+    client.submit(len, bytes(20_000_000))
+    client.close(timeout=60)  # (The kernel looks now and then.)
+    os.kill(scheduler.pid, signal.SIGCONT)
+
+
+def test_a_client_ends_in_peace_when_its_scheduler_has_just_died(scheduler):
+    async def main():
+        async with Client(scheduler.address, asynchronous=True):
+            scheduler.kill()
+            scheduler.wait()  # The loop has not read that it is gone.
+
+    asyncio.run(main())
+
+
+def test_a_timeout_holds_though_the_scheduler_does_not_answer(scheduler):
+    with Client(scheduler.address) as client:
+        os.kill(scheduler.pid, signal.SIGSTOP)
+        with pytest.raises(TimeoutError):
+            client.scatter([1], timeout=0.1)
+        with pytest.raises(TimeoutError):
+            client.wait_for_workers(1, timeout=0.1)
+        os.kill(scheduler.pid, signal.SIGCONT)
+        with pytest.raises(TimeoutError, match="0 of 1 workers are there after 0.1 s"):
+            client.wait_for_workers(1, timeout=0.1)
+
+
 def test_a_close_waits_until_the_scheduler_has_read_what_was_said_before(scheduler):
     client = Client(scheduler.address)
     os.kill(scheduler.pid, signal.SIGSTOP)

@@ -1090,6 +1090,109 @@ def test_who_connects_just_before_the_end_is_hung_up_on():
     asyncio.run(main())
 
 
+@contextlib.asynccontextmanager
+async def somebody(role, *scripts):
+    """The address of who shakes hands as ``role``; then the next of ``scripts`` has its turn."""
+    scripts, running = iter(scripts), []
+
+    async def accept(reader, writer):
+        running.append(asyncio.current_task())
+        connection = minidist.Connection()
+        with contextlib.suppress(asyncio.CancelledError):
+            await connection.open(reader, writer, role, accepting=True)
+            await next(scripts)(connection)
+
+    async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
+        yield "{}:{}".format(*server.sockets[0].getsockname())
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def test_whose_registration_is_cut_off_registers_as_another_next_time():
+    """Who was told of the first one's death would believe it of the second for ever."""
+    ids = []
+
+    async def cut_off(connection):
+        ids.append((await connection.receive())[0][1])
+        connection.hang_up()
+
+    async def take(connection):
+        ids.append((await connection.receive())[0][1])
+        connection.send(["registered", 30_000_000])
+        await connection.receive()
+
+    async def main():
+        async with somebody("scheduler", cut_off, take) as address, Worker(address) as worker:
+            assert ids[0] != ids[1] == worker.id
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("proof", [b"", bytes(31)], ids=["none", "a part of one"])
+def test_a_connection_that_breaks_in_the_handshake_says_nothing_of_secrets(proof):
+    async def main():
+        async def break_off(reader, writer):
+            head = minidist.MAGIC, minidist.PROTOCOL, *sys.version_info[:2]
+            nobody = minidist.hashlib.sha256(b"").digest()
+            role = minidist.ROLES.index("scheduler")
+            writer.write(minidist.HELLO.pack(*head, role, bytes(32), nobody) + proof)
+            await reader.readexactly(minidist.HELLO.size + 32)
+            writer.close()
+
+        async with await asyncio.start_server(break_off, "127.0.0.1", 0) as server:
+            address = "{}:{}".format(*server.sockets[0].getsockname())
+            with pytest.raises(ConnectionError, match="no scheduler at .* within 0.2 s"):
+                await Client(address, timeout=0.2, asynchronous=True)
+
+    asyncio.run(main())
+
+
+def test_a_client_waits_no_longer_than_its_timeout_for_a_scheduler_that_stalls(monkeypatch):
+    monkeypatch.setitem(LIMITS, "close_seconds", 1)
+
+    async def stall(connection):
+        await connection.receive()
+        connection.send(["registered", 30_000_000])
+        await asyncio.Event().wait()
+
+    async def main():
+        async with somebody("scheduler", stall) as address:
+            with pytest.raises(TimeoutError, match="no answer from the scheduler within"):
+                async with Client(address, timeout=0.2, asynchronous=True):
+                    pass
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_small_results_do_not_pile_up_for_a_client_that_does_not_read():
+    """It is told that they are there, and fetches them from where they are."""
+    n, size = 1_000, 50_000
+
+    async def main():
+        call, _ = minidist.dump_call(minidist.dump_function(bytes), (size,), {})
+        async with minidist.Scheduler() as s, Worker(s.address, 2):
+            slow = minidist.Connection()
+            await slow.connect(s.address, "client")
+            slow.reader._transport.pause_reading()
+            slow.send(["register-client", "slow", []])
+            for i in range(n):
+                slow.send(["submit", f"x{i}", i + 1, "bytes", call, [], 0.0, [], False, 0])
+            tasks = s.state.tasks
+            await until(lambda: sum(ts.state == "memory" for ts in tasks.values()) == n)
+            link = s.links["slow"]
+            waiting = [len(message[-1][0]) for message in link.outbox if message[-1]]
+            assert link.writing and sum(waiting) < n * size / 4
+            slow.reader._transport.resume_reading()
+            told = []
+            while len(told) < n:
+                told += [m for m in await slow.receive() if m[0] == "key-in-memory"]
+            assert sorted(message[2] for message in told) == [*range(1, n + 1)]
+            slow.hang_up()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 @on_cluster
 async def test_nobody_can_connect_to_a_worker_that_has_closed(c, a, b):
     await a.close()
