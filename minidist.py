@@ -3123,11 +3123,12 @@ class RemoteError(Exception):
     """
 
 
-def pack_exception(error, skip=0):
+def pack_exception(error, skip=0, inside=0):
     """An exception as frames, with its causes and the places of its traceback.
 
     ``skip`` leaves out that many frames at the start: the worker's own.  Pickle loses causes and
-    tracebacks; so each link of the chain travels as a pickle of its own, text, and places.
+    tracebacks; so each link of the chain travels as a pickle of its own, text, and places.  Those
+    that are ``inside`` of groups (so many) are pickled there, but have lost the same.
     """
 
     def has(name):  # Not what its own class makes of that name, which may raise.
@@ -3138,12 +3139,16 @@ def pack_exception(error, skip=0):
         # (Some code has no lines.)
         codes = [(f.f_code, line or 0) for f, line in traceback.walk_tb(has("__traceback__"))]
         places = [(c.co_filename, line, c.co_name, c.co_firstlineno) for c, line in codes]
-        data = b""
+        data, group = b"", ()
         with contextlib.suppress(BaseException):  # Whatever it does then is the task's failure.
-            data = dump_by_value(error)
+            data = b"" if inside and not links else dump_by_value(error)
+            # (No more: an exception may be due to the very group that it is in.)
+            if inside < 3 and isinstance(error, BaseExceptionGroup):
+                group = error.exceptions
         # Python sets that by "from", also by "from None": then there is no cause.
         relation = "__cause__" if has("__suppress_context__") else "__context__"
-        links.append((data, text_of(error), places[skip:], relation))
+        parts = [pack_exception(part, inside=inside + 1) for part in group]
+        links.append((data, text_of(error), places[skip:], relation, parts))
         error, skip = has(relation), 0
     return (pickle.dumps(links, protocol=5),)
 
@@ -3155,17 +3160,24 @@ def text_of(error):
     return type_name(error)
 
 
-def unpack_exception(frames):
-    """The exception, with its causes, and with real tracebacks whose frames name the places."""
-    error = None
-    for data, text, places, relation in reversed(pickle.loads(frames[0])):
+def unpack_exception(frames, known=None):
+    """The exception, with its causes, and with real tracebacks whose frames name the places.
+
+    It is ``known`` if it came with the group that it is in: then that gets what pickle has lost.
+    """
+    error, links = None, pickle.loads(frames[0])
+    for link in reversed(links):
+        data, text, places, relation, parts = link
         origin, tb = error, rebuild_traceback(places)
         # What stands for one that could not be pickled there (b""), or whose class is not known
         # here, or that cannot be unpickled, or becomes something else than an exception.
         error = RemoteError(text).with_traceback(tb)
         with contextlib.suppress(Exception):
-            error = pickle.loads(data).with_traceback(tb)
+            error = (known if known and link is links[0] else pickle.loads(data)).with_traceback(tb)
         getattr(BaseException, relation).__set__(error, origin)
+        group = getattr(error, "exceptions", ()) if parts else ()  # (It may be none any more.)
+        for part, packed in zip(group, parts, strict=False):
+            unpack_exception(packed, part)
     return error
 
 
@@ -3962,7 +3974,7 @@ class Worker(Body):
         try:
             return [await coroutine]
         except BaseException as error:
-            return None, error
+            return None, error.with_traceback(error.__traceback__.tb_next)  # without this frame
 
     # Data connections.  What comes by them is entered in the mind's books only as far as rule three
     # of chapter 1 allows: a value that was put is claimed on the scheduler's stream.
@@ -5311,7 +5323,7 @@ class Bars:
     def count(self, state):
         row = self.left.pop(state)
         row[0] += 1
-        row[1] += state.status != "finished"
+        row[1] += state.status == "error"
         self.changed.set()
 
     async def follow(self, client, draw):

@@ -1668,9 +1668,52 @@ async def test_an_exception_comes_back_with_its_cause(c, a, b):
         except TypeError as error:
             raise RuntimeError("outer") from error
 
-    error = await c.submit(fail).exception()
-    assert type(error.__cause__) is TypeError
-    assert traceback.extract_tb(error.__cause__.__traceback__)[-1].name == "slow_pow"
+    async def fail_in_a_group():
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.to_thread(fail))
+
+    async def fail_in_groups():
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail_in_a_group())
+
+    for function in fail, fail_in_a_group, fail_in_groups:
+        error = await c.submit(function).exception()
+        (first, *_) = traceback.extract_tb(error.__traceback__)
+        assert first.name == function.__name__, "there are no lines of ours"
+        while isinstance(error, ExceptionGroup):
+            (error,) = error.exceptions
+        assert traceback.extract_tb(error.__traceback__)[-1].name == "fail"
+        assert type(error.__cause__) is TypeError and error.__suppress_context__
+        assert traceback.extract_tb(error.__cause__.__traceback__)[-1].name == "slow_pow"
+
+
+def test_what_is_due_to_its_own_group_travels():
+    def fail():
+        try:
+            raise ExceptionGroup("all", [ValueError(1), KeyError(2)])
+        except* ValueError as group:
+            raise group.exceptions[0]
+
+    with pytest.raises(ExceptionGroup) as info:
+        fail()
+    frames = pack_exception(info.value)
+    assert len(frames[0]) < 10_000, "it goes round and round"
+    error = unpack_exception(frames)
+    assert [type(one) for one in error.exceptions] == [ValueError, ExceptionGroup]
+    assert isinstance(error.exceptions[0].__context__, ExceptionGroup)
+
+
+def test_what_is_in_a_group_is_pickled_once():
+    error = ValueError()
+    error.large = bytes(100_000)
+    assert len(pack_exception(ExceptionGroup("all", [error]))[0]) < 110_000
+
+
+def test_an_exception_may_have_something_that_is_called_exceptions():
+    error = ValueError("they are no group")
+    error.exceptions = 5
+    got = unpack_exception(pack_exception(error))
+    assert (type(got), got.exceptions) == (ValueError, 5)
 
 
 @on_cluster
