@@ -4472,7 +4472,7 @@ class Client(Threaded, Body):
             # The scheduler hangs up when it has read that: if we did while something of it is under
             # way to us, TCP would reset the connection, and the end of what we said might be lost.
             # (Seconds of work may be before it.)
-            with contextlib.suppress(OSError, RuntimeError):  # It may be gone.  (The last: uvloop.)
+            with contextlib.suppress(OSError, RuntimeError, ValueError):  # It may be gone.  (uvloop.)
                 self._scheduler.bear(LIMITS["close_seconds"])
                 await self._scheduler.written()
                 self._scheduler.writer.write_eof()
