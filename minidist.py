@@ -1422,7 +1422,7 @@ class SchedulerMind(Mind):
     def stimulus_task_finished(self, worker, attempt, nbytes, type, duration_us, value):
         """[11] A worker says that an attempt has made its value, and that it holds it.
 
-        ``duration_us`` is that of the call alone, ``nbytes`` the size of the result as an object;
+        ``duration_us`` is how long it had its thread, ``nbytes`` the size of the result as an object;
         ``value`` are its frames if they are few and a client wants it.  How long it took is
         worth knowing also of an attempt that was abandoned.
         """
@@ -3123,32 +3123,39 @@ class RemoteError(Exception):
     """
 
 
-def pack_exception(error, skip=0, inside=0):
+# The exceptions in a group, whatever its own class makes of that name.
+exceptions_in = BaseExceptionGroup.exceptions.__get__
+
+
+def pack_exception(error, skip=0, groups=None):
     """An exception as frames, with its causes and the places of its traceback.
 
     ``skip`` leaves out that many frames at the start: the worker's own.  Pickle loses causes and
-    tracebacks; so each link of the chain travels as a pickle of its own, text, and places.  Those
-    that are ``inside`` of groups (so many) are pickled there, but have lost the same.
+    tracebacks; so each link of the chain travels as a pickle of its own, text, and places.  What is
+    in a group is pickled with it, but has lost the same.  ``groups`` are those that were packed
+    already: once is enough, and an exception may be due to the very group that it is in.
     """
 
     def has(name):  # Not what its own class makes of that name, which may raise.
         return getattr(BaseException, name).__get__(error)
 
-    links = []
-    while error is not None and len(links) < 20:
+    links, alone = [], groups is None
+    groups = set() if alone else groups
+    while error is not None and len(links) < 20 and id(error) not in groups:
         # (Some code has no lines.)
         codes = [(f.f_code, line or 0) for f, line in traceback.walk_tb(has("__traceback__"))]
         places = [(c.co_filename, line, c.co_name, c.co_firstlineno) for c, line in codes]
-        data, group = b"", ()
-        with contextlib.suppress(BaseException):  # Whatever it does then is the task's failure.
-            data = b"" if inside and not links else dump_by_value(error)
-            # (No more: an exception may be due to the very group that it is in.)
-            if inside < 3 and isinstance(error, BaseExceptionGroup):
-                group = error.exceptions
+        data, text, parts = b"", "", ()
+        if alone or links:
+            text = text_of(error)
+            with contextlib.suppress(BaseException):  # Whatever it does then is the task's failure.
+                data = dump_by_value(error)
+        if issubclass(type(error), BaseExceptionGroup) and len(groups) < 100:
+            groups.add(id(error))
+            parts = [pack_exception(part, groups=groups) for part in exceptions_in(error)]
         # Python sets that by "from", also by "from None": then there is no cause.
         relation = "__cause__" if has("__suppress_context__") else "__context__"
-        parts = [pack_exception(part, inside=inside + 1) for part in group]
-        links.append((data, text_of(error), places[skip:], relation, parts))
+        links.append((data, text, places[skip:], relation, parts))
         error, skip = has(relation), 0
     return (pickle.dumps(links, protocol=5),)
 
@@ -3173,9 +3180,10 @@ def unpack_exception(frames, known=None):
         # here, or that cannot be unpickled, or becomes something else than an exception.
         error = RemoteError(text).with_traceback(tb)
         with contextlib.suppress(Exception):
-            error = (known if known and link is links[0] else pickle.loads(data)).with_traceback(tb)
+            found = known if known is not None and link is links[0] else pickle.loads(data)
+            error = found.with_traceback(tb)
         getattr(BaseException, relation).__set__(error, origin)
-        group = getattr(error, "exceptions", ()) if parts else ()  # (It may be none any more.)
+        group = exceptions_in(error) if issubclass(type(error), BaseExceptionGroup) else ()
         for part, packed in zip(group, parts, strict=False):
             unpack_exception(packed, part)
     return error
@@ -3421,7 +3429,7 @@ class Body(Shown, Entered):
     def take(self, peer, op, fields):
         """Give the mind one message; subclasses add what is not the mind's business."""
         if op in ("goodbye", "refused"):
-            # We hang up, since the scheduler waits for that: it might cut off what it has said.
+            # We hang up first: if the scheduler did, what it has just said might be cut off.
             self.parting = fields[0] if fields else ""
             raise EOFError
         self.stimulate(op, peer, *fields)
@@ -3453,7 +3461,8 @@ class Body(Shown, Entered):
                 self.links[peer] = Connection()
                 self.links[peer].following = self.start(self.reach(peer, self.links[peer]))
             if peer in self.links:  # Else it is gone, or never was: the fire-and-forget client.
-                if message[0] == "key-in-memory" and self.links[peer].writing:
+                waiting = len(self.links[peer].outbox)
+                if message[0] == "key-in-memory" and waiting > LIMITS["batch_messages"]:
                     message[-1] = ()  # Who is slow fetches it: values must not pile up here.
                 self.links[peer].send(message)
                 if message[0] == "refused":
@@ -3919,6 +3928,7 @@ class Worker(Body):
                 return
             attempt = self.state.stimulus_take()
             inputs = {name: self.state.data[name] for name in attempt.inputs}
+        start = time.perf_counter_ns()
         try:
             try:
                 values = {name[0]: self.unpacked(name, value) for name, value in inputs.items()}
@@ -3927,7 +3937,6 @@ class Worker(Body):
                 text = f"the call of {attempt.key!r} cannot be unpickled on {self.name}"
                 text = f"{text}: {type(error).__name__}: {error}"
                 raise RuntimeError(f"{text}: can that worker import the same as you?") from error
-            start = time.perf_counter_ns()
             result = self.call(func, args, kwargs)
             duration_us = (time.perf_counter_ns() - start) // 1000
             nbytes, kind, value = sizeof(result), type_name(result), ()
@@ -3974,7 +3983,9 @@ class Worker(Body):
         try:
             return [await coroutine]
         except BaseException as error:
-            return None, error.with_traceback(error.__traceback__.tb_next)  # without this frame
+            places = BaseException.__traceback__  # (Whatever its own class makes of that name.)
+            places.__set__(error, places.__get__(error).tb_next)  # without this frame
+            return None, error
 
     # Data connections.  What comes by them is entered in the mind's books only as far as rule three
     # of chapter 1 allows: a value that was put is claimed on the scheduler's stream.
@@ -4445,7 +4456,7 @@ class Client(Threaded, Body):
         self._scheduler, _, batch = await reach_scheduler(self._address, self, self._timeout)
         self._refusal, self.links[SCHEDULER] = None, self._scheduler
         self._scheduler.following = self.start(self._listen(batch))
-        await self._ask("workers", limit=self._timeout or None)
+        await self._ask("workers", limit=None if self._timeout is None else max(self._timeout, 1))
         if self._set_as_default:
             Client._instances[self] = None
 
@@ -4472,7 +4483,7 @@ class Client(Threaded, Body):
             # The scheduler hangs up when it has read that: if we did while something of it is under
             # way to us, TCP would reset the connection, and the end of what we said might be lost.
             # (Seconds of work may be before it.)
-            with contextlib.suppress(OSError, RuntimeError, ValueError):  # It may be gone.  (uvloop.)
+            with contextlib.suppress(OSError, RuntimeError, ValueError):  # It is gone.  (uvloop.)
                 self._scheduler.bear(LIMITS["close_seconds"])
                 await self._scheduler.written()
                 self._scheduler.writer.write_eof()
@@ -4818,10 +4829,11 @@ class Client(Threaded, Body):
             try:
                 await self._settle(list(leaves_of(futures)), timeout)
             except TimeoutError:
-                there = len(await self._ask("workers", options[0] or None, limit=1))
-                called = f" called {workers!r}" if workers else ""
-                hint = "" if there else ": start one"
-                text = f"not scattered after {timeout} s, with {there} workers{called}{hint}"
+                text = f"not scattered after {timeout} s"
+                with contextlib.suppress(TimeoutError):  # It may be that nobody answers.
+                    there = len(await self._ask("workers", options[0] or None, limit=1))
+                    called = f" called {workers!r}" if workers else ""
+                    text += f", with {there} workers{called}" + ": start one" * (not there)
                 raise TimeoutError(text) from None
             for future in leaves_of(futures):
                 failure(future._state)
@@ -4967,8 +4979,8 @@ class Client(Threaded, Body):
         """The scheduler's address, and what it knows of its workers, by their addresses.
 
         Of each: ``id``, ``name``, ``nthreads`` and ``nbytes``, the size of what it holds.  An
-        asynchronous client does not ask: they are those of its last ``await nthreads()``, or of
-        its start.
+        asynchronous client does not ask: they are those of its start, or of when it last asked for
+        all (by ``nthreads`` or ``wait_for_workers``).
         """
         # dask: an asynchronous client names no workers there.
         workers = self._workers if self.asynchronous else self._run(self._ask, "workers")
@@ -5408,8 +5420,8 @@ class LocalCluster(Threaded):
     its scheduler's, ``scheduler`` the scheduler itself, whose ``state`` can be looked at.  It has
     started when this returns, and ``with`` closes it; if ``asynchronous``, ``async with`` starts
     and closes it.  Raises OSError if the port is taken, or a client has shut it down before,
-    TimeoutError if its workers do not start, TypeError for a bad option, or what Scheduler does,
-    RuntimeError in a task of a cluster in a task.
+    TimeoutError if its workers do not start, TypeError or ValueError for a bad option, RuntimeError
+    in a task of a cluster in a task, and what Scheduler does.
 
     With ``processes=False`` all is in one process: for a look at everything in a debugger, or for
     tasks that spend their time in compiled code or waiting.  (Results are pickled all the same.)

@@ -169,9 +169,9 @@ def test_bars_do_not_keep_their_tasks_wanted(c, notebook):
     running, waiting = c.submit(through, 0), c.submit(through, 1, "dropped")
     progress(running, waiting)
     waiting.release()
-    notebook.shows("through: 1 of 2")
+    notebook.shows("through: 1 of 2</div>")
     GATES[0].set()
-    notebook.shows("through: 2 of 2")
+    notebook.shows("through: 2 of 2</div>")
     assert c.submit(through, 0, "next").result(30) == "next"
     assert "dropped" not in RUNS
 

@@ -135,7 +135,8 @@ def test_the_workers_by_hand_have_the_names_that_are_written():
 
 def test_a_worker_by_hand_joins_a_local_cluster_of_the_same_user(monkeypatch):
     monkeypatch.delenv("MINIDIST_TOKEN")  # So the secret is that in the user's home.
-    line, address = re.search(r"`(minidist worker ADDRESS)`,\s+with\s+`(.*?)`", README.prose).groups()
+    shown = re.search(r"`(minidist worker ADDRESS)`,\s+with\s+`(.*?)`", README.prose)
+    line, address = shown.groups()
     with Client(n_workers=1) as client:
         line = line.replace("ADDRESS", eval(address))
         with in_a_shell(f"{line} --name alice") as p:
