@@ -4656,7 +4656,8 @@ class Client(Threaded, Body):
         submitted with the last of them.  ``workers`` names those that may run it (an address, a
         host, a name, or a list of them; others too while there is none of these if
         ``allow_other_workers``, or if an input cannot be fetched from where it is).  After an
-        exception it is tried again up to ``retries`` times.
+        exception it is tried again up to ``retries`` times.  (If a parameter of ``func`` is called
+        so, give it by ``functools.partial``.)
         Raises TypeError for what cannot be pickled, TypeError or ValueError for a bad option,
         ValueError for a future that is another client's or released.
 
