@@ -1179,8 +1179,8 @@ def test_small_results_do_not_pile_up_for_a_client_that_does_not_read():
             slow.send(["register-client", "slow", []])
             for i in range(n):
                 slow.send(["submit", f"x{i}", i + 1, "bytes", call, [], 0.0, [], False, 0])
-            tasks = s.state.tasks
-            await until(lambda: sum(ts.state == "memory" for ts in tasks.values()) == n)
+            (ws,) = s.state.workers.values()
+            await until(lambda: len(ws.has_what) == n)
             link = s.links["slow"]
             waiting = [len(message[-1][0]) for message in link.outbox if message[-1]]
             assert len(waiting) < 1_100 < len(link.outbox)
