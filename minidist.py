@@ -1422,9 +1422,9 @@ class SchedulerMind(Mind):
     def stimulus_task_finished(self, worker, attempt, nbytes, type, duration_us, value):
         """[11] A worker says that an attempt has made its value, and that it holds it.
 
-        ``duration_us`` is how long it had its thread, ``nbytes`` the size of the result as an object;
-        ``value`` are its frames if they are few and a client wants it.  How long it took is
-        worth knowing also of an attempt that was abandoned.
+        ``duration_us`` is how long it took, unpickling included; ``nbytes`` is the size of the
+        result as an object; ``value`` are its frames if they are few and a client wants it.  How
+        long it took is worth knowing also of an attempt that was abandoned.
         """
         ws = self.workers[worker]
         ts, current = self.end_attempt(ws, attempt)
@@ -4898,7 +4898,7 @@ class Client(Threaded, Body):
     async def _question(self, peer, ask, *fields, limit=None):
         """Ask the scheduler or a worker; the other fields of its answer.
 
-        If it is late, it is not waited for, and dropped when it comes.
+        Raises TimeoutError after ``limit`` seconds; what comes later is dropped by ``take``.
         """
         self._check_open()
         await self._catch_up()
