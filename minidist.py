@@ -375,7 +375,7 @@ class Mind:
         self.marked[record] = None
 
     def settle(self):
-        """Let marked records take edges, in the order of the marks, until each is what it should be.
+        """Let marked records take edges, in order of the marks, until each is what it should be.
 
         So what was told first is acted on first, and said first to others.
         """
@@ -3830,7 +3830,7 @@ class Worker(Body):
         if self.server is None:
             await self.listen(connection.writer.get_extra_info("sockname")[0], 0)
             self.name = str(self.name if self.name is not None else self.address)
-        self.id = f"{self.address}#{unique()[:8]}"  # For each trial: the last one may be dead.
+        self.id = f"{self.address}#{unique()[:8]}"  # Of each trial: who had the last may be dead.
         return ["register-worker", self.id, self.name, self.nthreads, [], []]
 
     async def _start(self):
