@@ -1315,16 +1315,22 @@ class SchedulerMind(Mind):
 
         Names differ, since tasks can be restricted to one, and reports of deaths speak of them.
         (One that is leaving is called nothing any more: its successor may bear its name.)
+
+        What is still known at its address was this very process, which was cut off before it could
+        hear that it had joined: no other can listen there.
         """
         if nthreads < 1:
             raise ProtocolError(f"a worker with {nthreads} threads")
-        if any(ws.name == name for ws in self.called.get(name, ())):
+        ws = WorkerState(worker, name, nthreads, self.now_us)
+        for old in [old for old in self.called.get(ws.address, ()) if old.address == ws.address]:
+            self.dismiss(old, "cut off, and has registered again")
+        if any(other.name == name for other in self.called.get(name, ())):
             text = f"a worker named {name!r} is there already"
             text += ": choose another name, or try again soon if it has died"
             self.news.append(f"Worker {worker} was refused: {text}")
-            return self.send(worker, "refused", text)
-        self.workers[worker] = ws = WorkerState(worker, name, nthreads, self.now_us)
-        ws.queue = HeapSet(ws)
+            self.send(worker, "refused", text)
+            return self.settle()
+        self.workers[worker], ws.queue = ws, HeapSet(ws)
         self.news.append(f"Worker {worker} ({name}) joined, threads: {nthreads}")
         self.by_load[EMPTY][ws] = self.staying[ws] = self.changed[ws] = None
         for alias in ws.aliases():
@@ -1344,9 +1350,7 @@ class SchedulerMind(Mind):
         self.now_us = now_us
         for ws in list(self.workers.values()):
             if now_us - ws.seen_us > self.ttl_us:
-                text = f"silent for more than {self.ttl_us / 1_000_000:g} s"
-                self.send(ws.id, "refused", f"this worker was {text}")
-                self.lose(ws.id, text)
+                self.dismiss(ws, f"silent for more than {self.ttl_us / 1_000_000:g} s")
         self.settle()  # Only now: nothing must be sent to the next one that is dead.
 
     def stimulus_leave(self, peer):
@@ -1366,6 +1370,11 @@ class SchedulerMind(Mind):
         """A worker is lost.  ``how`` goes into the reports: an exit code, or a signal."""
         self.lose(worker, how)
         self.settle()
+
+    def dismiss(self, ws, how):
+        """Lose a worker that may be alive: then it hears that it is taken for dead, and ends."""
+        self.send(ws.id, "refused", f"this worker was {how}")
+        self.lose(ws.id, how)
 
     def lose(self, worker, how):
         """A worker takes its attempts and its data with it.

@@ -459,7 +459,7 @@ class Cluster:
 
     @staticmethod
     def threads_of(worker):
-        return 1 + int(worker[1:]) % 2
+        return 1 + int(worker[-1]) % 2
 
     def ids(self, kind):
         return [id for id in self.minds if id[0] == kind]
@@ -711,6 +711,9 @@ class Cluster:
     def a_worker_joins(self, pick=0):
         self.seen["workers"] += 1
         id = f"w{self.seen['workers']}"
+        cut_off = [w for w in self.minds[SCHEDULER].workers if w not in self.minds]
+        if cut_off and pick % 3 == 1:  # One was cut off, and is back before that is known.
+            id = f"{cut_off[0].partition('#')[0]}#{id[1:]}"
         taken = [self.names[w] for w in self.ids("w")]
         free = [f"name {i}" for i in range(99) if f"name {i}" not in taken]
         self.names[id] = taken[0] if taken and pick % 9 == 5 else free[0]
@@ -876,7 +879,11 @@ class Cluster:
             for key in again:
                 self.allow_run(key, tasks)
         elif op in ("heartbeat", "register-worker"):
-            self.heard_us[fields.get("id", sender)] = self.minds[SCHEDULER].now_us
+            self.heard_us[sender] = self.minds[SCHEDULER].now_us
+            for old in self.minds[SCHEDULER].workers if op == "register-worker" else ():
+                if old.partition("#")[0] == sender.partition("#")[0]:
+                    self.blame(old)
+                    self.seen["registered again"] += 1
         elif op == "leave" and ws:
             self.fault("left", sender)
         elif op == "fetch-missed":
@@ -1019,7 +1026,7 @@ def honesty(cluster):
     """
     for client, state, _ in cluster.news:
         lineage = cluster.lineage(state.key)
-        named = set(re.findall(r"\bw\d+\b(?! could not fetch)", state.text))
+        named = set(re.findall(r"\bw[\d#]++(?! could not fetch)", state.text))
         assert named <= cluster.gone | {end for link in cluster.excused for end in link}, state
         its_own = ("it was cancelled", "its last future was released")
         if state.text and not state.text.startswith(its_own):

@@ -637,6 +637,27 @@ def test_workers_are_called_by_name_address_and_host():
         assert s.tasks["x"].processing_on.name == "n"
 
 
+def test_a_worker_that_was_cut_off_and_registers_again_takes_its_own_place():
+    """It knows its name to be free, since nobody ever told it that it was taken."""
+    s = Scheduler("tcp://a:1#old", "tcp://b:1#other", "tcp://c:1#so-called")
+    s.stimulus_register_worker("tcp://c:2#so-called", "tcp://a:1", 1, [], [])
+    s.submit("x", workers=["name of tcp://a:1#old"])
+    sent(s)
+    s.stimulus_register_worker("tcp://a:1#new", "name of tcp://a:1#old", 1, [], [])
+    words = {"text": "this worker was cut off, and has registered again"}
+    peers = ["tcp://b:1#other", "tcp://c:1#so-called", "tcp://c:2#so-called", "c"]
+    assert sent(s)[:6] == [
+        ("tcp://a:1#old", "refused", words),
+        *((peer, "worker-left", {"worker": "tcp://a:1#old"}) for peer in peers),
+        ("tcp://a:1#new", "registered", {"ttl_us": s.ttl_us}),
+    ]
+    assert s.tasks["x"].processing_on.id == "tcp://a:1#new" and s.tasks["x"].witness
+    s.stimulus_register_worker("tcp://a:1#third", "name of tcp://b:1#other", 1, [], [])
+    assert [op for peer, op, _ in sent(s) if peer == "tcp://a:1#third"] == ["refused"]
+    assert s.tasks["x"].state == "no-worker"
+    s.validate()
+
+
 def test_few_holders_are_weighed_those_of_large_inputs_first():
     s = Scheduler("idle", "rest", *"abcdefgh", "far").measured("long", duration_us=10**9)
     assert len("abcdefgh") == LIMITS["holders"]
