@@ -4808,10 +4808,11 @@ class Client(Threaded, Body):
         dict, the keys name the tasks; anything else is one value.  Items go round robin, or to
         ``workers``; with ``broadcast``, each goes to all of them.  Equal data shares a key, unless
         not ``hash``.  It always goes directly to the workers, whatever ``direct``.  Scattered data
-        cannot be computed again.  Raises TimeoutError if no worker holds it within ``timeout``
-        seconds (if None, the client's), CancelledError if it is lost meanwhile, TypeError for an
-        iterator, a future, a bad key, or what cannot be pickled.  While a key is in use, also by
-        another client, its first data is used.
+        cannot be computed again.  Raises TimeoutError if no worker is there for it, or the
+        scheduler does not answer, within ``timeout`` seconds (if None, the client's; the transfer
+        may take longer), CancelledError if it is lost meanwhile, TypeError for an iterator, a
+        future, a bad key, or what cannot be pickled.  While a key is in use, also by another
+        client, its first data is used.
 
         For what many calls need: an argument travels by the scheduler, with each call again.
         """
@@ -4836,15 +4837,15 @@ class Client(Threaded, Body):
             futures = scatter_one(data)
 
         async def put():
-            try:
-                await self._settle(list(leaves_of(futures)), timeout)
-            except TimeoutError:
-                text = f"not scattered after {timeout} s"
-                with contextlib.suppress(TimeoutError):  # It may be that nobody answers.
-                    there = len(await self._ask("workers", options[0] or None, limit=1))
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    await self._settle(list(leaves_of(futures)), timeout)
+                    break
+                # Much data takes long; but where there is no worker for it, it takes for ever.
+                if not await self._ask("workers", options[0] or None, limit=max(timeout, 1)):
                     called = f" called {workers!r}" if workers else ""
-                    text += f", with {there} workers{called}" + ": start one" * (not there)
-                raise TimeoutError(text) from None
+                    text = f"not scattered after {timeout} s, with 0 workers{called}: start one"
+                    raise TimeoutError(text)
             for future in leaves_of(futures):
                 failure(future._state)
             return futures

@@ -551,6 +551,29 @@ async def test_bad_calls_are_refused_at_the_call(c, a, b):
 
 
 @on_cluster
+async def test_a_scatter_takes_as_long_as_it_takes_while_a_worker_is_there_for_it(c, a, b):
+    held, asked, ask = [], [], c._ask
+    for worker in (a, b):
+        happens = worker.happens
+
+        def slowly(op, *args, happens=happens):
+            held.append((happens, op, args)) if op == "put-data" else happens(op, *args)
+
+        worker.happens = slowly
+
+    async def ask_again(*args, **options):
+        asked.append(args)
+        if len(asked) >= 3 and len(held) == 2:
+            for happens, op, fields in [held.pop(), held.pop()]:
+                happens(op, *fields)
+        return await ask(*args, **options)
+
+    c._ask = ask_again
+    futures = await c.scatter([1, 2], timeout=0.01)
+    assert await c.gather(futures) == [1, 2] and len(asked) >= 3
+
+
+@on_cluster
 async def test_a_scatter_waits_as_long_as_its_client_and_says_who_is_there(c, a, b):
     async with Client(c._address, asynchronous=True, timeout=0.1) as d:
         for options, waited in [({}, 0.1), ({"timeout": 0.2}, 0.2)]:
