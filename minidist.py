@@ -5664,17 +5664,18 @@ def main(argv=None):
 async def until_stopped(coroutine):
     """Run a coroutine; SIGINT and SIGTERM cancel it, also where a shell lets SIGINT be ignored.
 
-    Children that a task forks share the pipe that brings signals to this loop: what is sent to one
-    would stop us.  They get the handlers of any program, and no signal until they have them.
+    Children that a task forks would pass them over: there is no loop.  They get the handlers of any
+    program, and no signal until they have them.
     """
-    numbers, loop = (signal.SIGINT, signal.SIGTERM), asyncio.get_running_loop()
+    numbers, cancel = (signal.SIGINT, signal.SIGTERM), asyncio.current_task().cancel
+    wake = asyncio.get_running_loop().call_soon_threadsafe
     for number in numbers:
-        loop.add_signal_handler(number, asyncio.current_task().cancel)
+        # (Not by the loop, which gives them their defaults when it ends.)
+        signal.signal(number, lambda *_: wake(cancel))
         # (Python ends by giving signals their defaults, which would be another exit code.)
         atexit.register(signal.signal, number, signal.SIG_IGN)
 
     def as_any_program():
-        signal.set_wakeup_fd(-1)
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
         unblock()
@@ -5688,7 +5689,6 @@ async def until_stopped(coroutine):
         # It ends already: what comes now would find half a loop.  But what tasks have begun may
         # hold that up: then this is the end.
         for number in numbers:
-            loop.remove_signal_handler(number)
             signal.signal(number, lambda *_: os._exit(0))
 
 

@@ -519,6 +519,12 @@ def test_a_second_signal_at_the_very_end_of_a_process_changes_nothing(tmp_path):
         "    close(self)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "loop._close_self_pipe = close_and_get_a_signal\n"
+        "set_handler = signal.signal\n"
+        "def set_handler_and_get_a_signal(number, handler):\n"
+        "    set_handler(number, handler)\n"
+        "    if handler is signal.SIG_DFL:\n"
+        "        os.kill(os.getpid(), number)\n"
+        "signal.signal = set_handler_and_get_a_signal\n"
         "sys.exit(minidist.main(['scheduler', '--port', '0']))\n"
     )
     with Process(script, PYTHONPATH=str(ROOT)) as p:
