@@ -3060,8 +3060,8 @@ def dump_part(what, obj):
         raise TypeError(f"{text}: make what cannot travel inside the task") from error
 
 
-# Not for ever: a notebook defines a function again and again.
-load_function = functools.lru_cache(maxsize=256)(pickle.loads)
+# {frame: plain function}; not for ever: a notebook defines a function again and again.
+FUNCTIONS = {}
 
 
 def load_call(run_spec, inputs):
@@ -3079,10 +3079,16 @@ def load_callable(frame):
     Others each time, since they may have state that one task would change under another's feet.
     (So is one with large data, which nobody keeps.)
     """
-    func = load_function(frame) if len(frame) < LARGE else None
-    plain = isinstance(func, (types.FunctionType, types.BuiltinFunctionType, type))
-    if not plain or not isinstance(getattr(func, "__self__", types), types.ModuleType):
-        func = pickle.loads(frame)  # (A method of a builtin type is a "builtin function", too.)
+    func = FUNCTIONS.get(frame) if len(frame) < LARGE else None
+    if func is None:
+        func = pickle.loads(frame)
+        plain = isinstance(func, (types.FunctionType, type))
+        if isinstance(func, types.BuiltinFunctionType):  # Or a method of a builtin type.
+            plain = isinstance(func.__self__, types.ModuleType)
+        if plain and len(frame) < LARGE:
+            if len(FUNCTIONS) > 256:
+                FUNCTIONS.clear()
+            FUNCTIONS[frame] = func
     return func
 
 

@@ -888,6 +888,42 @@ def test_a_function_is_pickled_apart_from_its_calls_with_its_buffers():
         assert got(*args, **kwargs) == (b"" if func is bytes else buffer)
 
 
+class Model:
+    alive = collections.Counter()
+
+    def __setstate__(self, state):
+        self.alive["ever"] += 1
+        self.alive["now"] += 1
+
+    def __getstate__(self):
+        return {"large": "in a model"}
+
+    def __del__(self):
+        self.alive["now"] -= 1
+
+    def predict(self, x):
+        return x
+
+
+def test_a_callable_with_state_is_unpickled_once_for_each_call_and_not_kept():
+    model = Model()
+    Model.alive.clear()
+    run_spec, _ = minidist.dump_call(minidist.dump_function(model.predict), (2,), {})
+    for times in (1, 2):
+        func, args, kwargs = minidist.load_call(run_spec, {})
+        assert func(*args, **kwargs) == 2 and Model.alive == {"ever": times, "now": 1}
+        del func
+        assert not Model.alive["now"]
+
+
+def test_a_plain_function_is_unpickled_once_and_not_kept_for_ever():
+    frames = [minidist.dump_function(lambda n=n: n)[0] for n in range(300)]
+    functions = [minidist.load_callable(frame) for frame in frames]
+    assert minidist.load_callable(frames[-1]) is functions[-1]
+    assert minidist.load_callable(frames[0]) is not functions[0]
+    assert [func() for func in functions] == [*range(300)]
+
+
 @on_cluster
 async def test_who_waits_in_vain_leaves_nothing_behind(c, a, b):
     future = c.submit(abs, -1, workers="nobody")
