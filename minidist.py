@@ -2924,14 +2924,22 @@ class Pickler(cloudpickle.Pickler):
             return make, tuple({"<dynamic-code>": obj.co_filename}.get(a, a) for a in args)
         if isinstance(obj, BY_NAME) and obj.__module__.endswith("_main__"):
             if isinstance(obj, MEMOIZED):
-                return memoized, (obj.__wrapped__, obj.cache_parameters())
+                state = {name: vars(obj)[name] for name in vars(obj) if name != "__wrapped__"}
+                return memoized, (obj.__wrapped__, obj.cache_parameters()), state
             if isinstance(obj, ALIAS):
                 return typing.cast, (None, obj.__value__)  # (It returns the second.)
             more = [obj.__supertype__] if isinstance(obj, typing.NewType) else []
             return type(obj), (obj.__name__, *more), (None, {"__module__": obj.__module__})
         owner = getattr(type(obj).__reduce__, "__objclass__", Pickler)  # (if that is compiled)
         if owner.__module__ == "builtins" and isinstance(obj, BaseException):
-            return make_exception, (*obj.__reduce__(), object.__getstate__(obj))
+            kind, args, *states = obj.__reduce__()
+            if isinstance(obj, OSError):
+                # As they are: its own class may have set them, and not OSError from ``args``.
+                names = ("args", "errno", "strerror", "filename", "filename2", "characters_written")
+                names = [n for n in names if getattr(kind, n) is getattr(OSError, n)]
+                fields = {n: value for n in names if (value := getattr(obj, n, None)) is not None}
+                args, states = (), [*states, fields]
+            return make_exception, (kind, args, *states, object.__getstate__(obj))
         reduced = super().reducer_override(obj)
         if isinstance(reduced, tuple) and vars(obj).get("__slots__"):
             # (Without them its objects would have a dict there, for which they have no place here.)

@@ -18,6 +18,7 @@ import pickle
 import random
 import re
 import signal
+import smtplib
 import socket
 import sys
 import threading
@@ -26,6 +27,7 @@ import traceback
 import types
 import typing
 import unittest.mock
+import urllib.error
 import warnings
 import weakref
 from pathlib import Path
@@ -241,6 +243,39 @@ def test_an_exception_comes_back_as_it_was_whatever_its_class_takes_to_make_one(
         assert getattr(got, name, None) == getattr(error, name, None)
     (one, *_) = unpack_exception(pack_exception(ExceptionGroup("all", [error]))).exceptions
     assert (type(one), one.args) == (type(error), error.args)
+
+
+class SetsItself(OSError):
+    def __init__(self, second):
+        super().__init__("the text")
+        self.errno, self.filename = second, "there"
+
+
+class Says(OSError):
+    """What it says of itself is made from something else, and cannot be set."""
+
+    strerror = property(lambda self: f"it said {self.args}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(2, "not there", "a file"),
+        OSError(18, "other device", "one", None, "another"),
+        BlockingIOError(11, "try again", 5),
+        OSError("the text"),
+        smtplib.SMTPAuthenticationError(535, b"bad credentials"),
+        urllib.error.HTTPError("http://localhost", 404, "not found", None, None),
+        SetsItself(5),
+        Says(5),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_the_system_has_the_fields_that_its_class_has_set(error):
+    got = unpack_exception(pack_exception(error))
+    assert (type(got), str(got), got.args) == (type(error), str(error), error.args)
+    for name in ("errno", "strerror", "filename", "filename2", "characters_written"):
+        assert getattr(got, name, "unset") == getattr(error, name, "unset")
 
 
 class Group(ExceptionGroup):
