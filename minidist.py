@@ -3237,9 +3237,10 @@ def rebuild_traceback(places):
 def sizeof(obj, depth=3):
     """About how many bytes an object takes; of large containers a few items are looked at.
 
-    An estimate is enough, to choose where a task should run; to walk through every result would
-    cost more than the best choice saves.  Arrays know their ``nbytes``.  What raises when it is
-    looked at counts for little: a task does not fail over its size.
+    An estimate is enough, to choose where a task should run, and what is small enough to travel
+    with its notice; to walk through every result would cost more than the best choice saves.
+    Arrays know their ``nbytes``.  What raises when it is looked at counts for little: a task does
+    not fail over its size.
     """
     try:
         nbytes = getattr(obj, "nbytes", None)
@@ -3249,6 +3250,8 @@ def sizeof(obj, depth=3):
         if depth and isinstance(obj, (list, tuple, set, frozenset, dict)) and obj:
             some = list(islice(obj.items() if isinstance(obj, dict) else obj, 10))
             size += len(obj) * sum(sizeof(item, depth - 1) for item in some) // len(some)
+        elif depth and type(inside := getattr(obj, "__dict__", None)) is dict:
+            size += sizeof(inside, depth)
         return size
     except Exception:
         return 64

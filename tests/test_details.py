@@ -2844,6 +2844,7 @@ def test_a_number_of_workers_or_threads_that_cannot_be_is_refused_at_the_call(
         lambda items: dict(enumerate(items)),
         dict.fromkeys,
         lambda items: [[*items]],
+        lambda items: types.SimpleNamespace(items=[*items]),
     ],
 )
 def test_the_size_of_a_container_is_about_that_of_what_it_holds(make):
