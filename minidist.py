@@ -2692,7 +2692,8 @@ class Connection:
         """Have the kernel drop a peer that takes nothing for so many seconds, or is not there."""
         end, ask = self.writer.get_extra_info("socket"), LIMITS["stall_seconds"] // 3
         end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        options = {"TCP_KEEPIDLE": ask, "TCP_KEEPINTVL": ask, "TCP_USER_TIMEOUT": limit * 1000}
+        # (Often, once it has begun: that some packets are lost is not the end.)
+        options = {"TCP_KEEPIDLE": ask, "TCP_KEEPINTVL": 2, "TCP_USER_TIMEOUT": limit * 1000}
         for name, value in options.items():
             if hasattr(socket, name):  # macOS has not all of them by these names.
                 end.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -2922,7 +2923,7 @@ class Pickler(cloudpickle.Pickler):
             make, args = self.dispatch_table[types.CodeType](obj)
             # (To compare each with the name would fail under ``python -bb``: some are bytes.)
             return make, tuple({"<dynamic-code>": obj.co_filename}.get(a, a) for a in args)
-        if isinstance(obj, BY_NAME) and obj.__module__.endswith("_main__"):
+        if isinstance(obj, BY_NAME) and str(obj.__module__).endswith("_main__"):
             if isinstance(obj, MEMOIZED):
                 state = {name: vars(obj)[name] for name in vars(obj) if name != "__wrapped__"}
                 return memoized, (obj.__wrapped__, obj.cache_parameters()), state

@@ -808,8 +808,12 @@ def test_a_connection_to_a_host_that_is_gone_ends_by_itself():
                 end = link.writer.get_extra_info("socket")
                 assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
                 if hasattr(socket, "TCP_USER_TIMEOUT"):
-                    limit_ms = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+                    limit_ms, idle, pause = (
+                        end.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+                        for name in ("TCP_USER_TIMEOUT", "TCP_KEEPIDLE", "TCP_KEEPINTVL")
+                    )
                     assert limit_ms == seconds * 1000
+                    assert seconds - idle >= 10 * pause, "it may lose some of many probes"
 
     asyncio.run(main("127.0.0.1", [300, 300]))
     if sys.platform == "linux":  # There each address of this network is this host, as any other.
