@@ -1001,7 +1001,10 @@ class WorkerState:
     arriving: dict = field(default_factory=dict)
     # An ordered set of TaskStates; transpose: TaskState.who_has
     has_what: dict = field(default_factory=dict)
-    leaving: list = field(default_factory=list)  # of TaskStates, copied before it goes (``may_go``)
+    # Before it goes (see ``may_go``): a list of TaskStates that are being copied; and to whom each
+    # was to be, {TaskState: ordered set of WorkerStates}
+    leaving: list = field(default_factory=list)
+    tried: dict = field(default_factory=dict)
     queue: "HeapSet | None" = None  # {what waits for this very worker: its expected duration_us}
     nbytes: int = 0  # sum over has_what
     occupancy: int = 0  # microseconds of work, sent or queued
@@ -1264,8 +1267,8 @@ class SchedulerMind(Mind):
             if not ts.arriving and all(ws.id in holders for ws in ts.who_has):
                 for ws in list(ts.who_has):
                     self.copy(ts, ws)
-                if again and (other := self.next_holder(lambda ws: ws not in ts.who_has)):
-                    self.copy(ts, other)
+                if again:
+                    self.copy_elsewhere(ts)
             self.tell(ts, cs)  # While copies are under way, after the last of them.
 
     def stimulus_query(self, client, number, what, keys):
@@ -1479,6 +1482,8 @@ class SchedulerMind(Mind):
             if (ts := self.tasks.get(key)) and ts.attempt == number and ts.state == "memory":
                 missed = f"{worker} could not fetch {key!r} from {', '.join(holders)}"
                 self.strike(ts, holders)
+                if ts.stuck and not ts.arriving and attempt not in ws.arriving:
+                    self.copy_elsewhere(ts, ws)  # Who reaches both may be between them.
         if attempt in ws.arriving:
             ts = ws.arriving[attempt]
             # Neither here nor missed: then its holder cannot pickle it.
@@ -1583,18 +1588,20 @@ class SchedulerMind(Mind):
 
         ``ws.leaving`` holds what is being copied; when it is empty, and nothing more is found here,
         the worker may go.  A value that is computed, or copied, there meanwhile is found too; and
-        one whose copy has failed is found again.
-        What others could not fetch from it is given up: a broken link must not keep it for ever.
+        one whose copy has failed is found again, and tried with others, but with few: what nobody
+        can fetch, or it cannot pickle, must not keep it for ever.
         """
         for ws in self.by_load[LEAVING]:
             while ws.leaving and not ws.leaving[-1].arriving:
                 ws.leaving.pop()  # The copy is there; or it failed, or is not needed any more.
             # Others may have come or gone since it was last looked at what only this one has.
             for ts in () if ws.leaving else ws.has_what:
-                if self.staying and self.staying.keys().isdisjoint(ts.who_has) and not ts.stuck:
-                    ws.leaving.append(ts)
-                    if not ts.arriving:
-                        self.copy(ts, self.next_holder())
+                if self.staying.keys().isdisjoint(ts.who_has):
+                    tried = ws.tried.setdefault(ts, {})
+                    if not ts.arriving and len(tried) < ALLOWED_FAILURES:
+                        tried[self.copy_elsewhere(ts, *tried)] = None
+                    if ts.arriving:
+                        ws.leaving.append(ts)
             if not ws.leaving:
                 return ws
 
@@ -2087,6 +2094,15 @@ class SchedulerMind(Mind):
         places = [(ts.key, ts.attempt, self.holders(ts))]
         self.send(ws.id, "compute-task", ts.key, attempt, "copy", (), places, ts.priority, False)
 
+    def copy_elsewhere(self, ts, *tried):
+        """Copy a value to a worker that has it not, and is none of those that tried to fetch it.
+
+        Returns that worker, or None.
+        """
+        if other := self.next_holder(lambda ws: ws not in ts.who_has and ws not in tried):
+            self.copy(ts, other)
+        return other
+
     def copy_further(self, ts):
         """Send the next copies of a broadcast; who has the value, or is gone, is passed by.
 
@@ -2141,8 +2157,9 @@ class SchedulerMind(Mind):
         just have been told to free it.  To free a replica that is good after all costs a transfer,
         or a computation; to keep one that cannot be had costs everybody who is sent there.  *Stuck*
         is what is not freed: tasks that need it are placed on its holder, and not stolen from
-        there; nor is it handed over.  A second replica, wherever it comes from, ends that.  (Stuck,
-        too, is what a worker was to copy, and its holder cannot pickle.)
+        there.  A second replica ends that, and so one is tried to be made on a third worker: else a
+        task of two such inputs could run nowhere.  (Stuck, too, is what a worker was to copy, and
+        its holder cannot pickle.)
         """
         again = ts.run_spec and ts.strikes + 1 < ALLOWED_FAILURES
         for ws in [self.workers[holder] for holder in holders if holder in self.workers]:

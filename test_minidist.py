@@ -776,7 +776,7 @@ class Cluster:
     def a_data_link_fails(self, pick=0):
         links = [(peer, holder) for peer, holder in self.links() if holder in self.minds]
         for peer, holder in self.pick_from(links, pick):
-            self.seen["faults"] += 1
+            self.seen.update(["faults", "links failed"])
             self.channels.pop((peer, holder, "request"), None)
             self.channels[holder, peer, "answer"] = deque([None])
             self.excused.add((peer, holder))
@@ -819,11 +819,14 @@ class Cluster:
         wanted = {(s.key, s.attempt) for c in self.ids("c") for s in self.minds[c].futures.values()}
         others = [w for w in self.ids("w") if w != worker]
         data = self.minds[worker].data if worker in self.minds else {}
-        alone = [name for name in data if not any(name in self.minds[w].data for w in others)]
-        nothing_else_broke = self.seen["faults"] == self.seen["left"] and not self.cancelled
+        left = [name for name in data if (worker, *name) not in self.struck]
+        alone = [name for name in left if not any(name in self.minds[w].data for w in others)]
         there = [name for name in alone if name in wanted and isinstance(data[name], tuple)]
         staying = [ws for ws in self.minds[SCHEDULER].workers.values() if ws.load != LEAVING]
-        return there if staying and nothing_else_broke else []
+        cut_off = [ws for ws in staying if (ws.id, worker) in self.excused]
+        can_be = len(cut_off) < min(ALLOWED_FAILURES, len(staying)) and not self.cancelled
+        faults = self.seen["faults"] - self.seen["links failed"] - self.seen["left"]
+        return there if can_be and not faults else []
 
     def deliver(self, sender, receiver, kind):
         channel = self.channels[sender, receiver, kind]
@@ -1367,7 +1370,7 @@ WorkerMind.arrived | self.mark(attempt) | pass | validate
 # A result is released too early, ...
 SchedulerMind.goal | if not (ts.who_wants or ts.waiters): | if not ts.who_wants: | validate
 ClientMind.stimulus_release | if state.count: | if False: | no_live_future_is_cancelled
-SchedulerMind.may_go | not ts.stuck | False | no_early_free
+SchedulerMind.may_go | if not ts.arriving and | if False and | no_early_free
 # ... or never.
 SchedulerMind.leave_memory | self.send_name(ws.id, "free-keys", (ts.key, ts.attempt)) | pass | agreement
 SchedulerMind.stimulus_task_finished | self.send_name(worker, "free-keys", (ts.key, attempt)) | 0 | agreement

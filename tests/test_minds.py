@@ -783,13 +783,10 @@ def test_what_waited_where_its_input_was_stuck_is_stolen_when_there_is_a_copy():
     holder, attempt = scattered(s)
     s.submit("drawn", "d", workers=["name of w"])
     s.stimulus_task_returned("w", s.tasks["drawn"].attempt, [("d", attempt, [holder])])
-    s.submit("busy", workers=["name of w"])
-    sent(s)
-    s.stimulus_fetch_missed("c", "d", 1, attempt, [holder], True)
-    _, target = [peer for peer, op, _ in sent(s) if op == "compute-task"]
+    (target,) = [peer for peer, _, fields in sent(s) if fields.get("name") == "copy"]
     for n in range(3):
         s.submit(f"y{n}", "d")
-    assert (holder, target) == ("v", "w") and not s.workers["idle"].processing
+    assert (holder, target) == ("v", "idle") and not s.workers["idle"].processing
     s.stimulus_add_keys(target, [("d", attempt)])
     assert s.workers["idle"].processing
 
@@ -1072,6 +1069,55 @@ def test_a_worker_that_leaves_goes_when_what_only_it_has_is_elsewhere():
     assert ("w", "goodbye") in ops and ("c", "key-lost") not in ops
     assert s.states() == {"x": "memory", "running": "processing"}
     assert not s.tasks["running"].suspect, "a good-bye blames nobody"
+
+
+def test_what_a_leaving_worker_has_is_offered_to_one_other_after_another_but_not_to_all():
+    """A broken link between two is no reason to lose it, and must not keep the worker for ever."""
+    s = Scheduler("leaving", *"vwxyz")
+    _, attempt = scatter(s, workers=["name of leaving"])
+    s.stimulus_add_keys("leaving", [("d", attempt)])
+    sent(s)
+    s.stimulus_leave("leaving")
+    asked = []
+    while copies := [(peer, fields) for peer, op, fields in sent(s) if op == "compute-task"]:
+        ((peer, copy),) = copies
+        asked.append(peer)
+        s.stimulus_task_returned(peer, copy["attempt"], [("d", attempt, ["leaving"])])
+        s.validate()
+    assert len({*asked}) == len(asked) == ALLOWED_FAILURES and "leaving" not in s.workers
+
+
+def test_what_nobody_could_fetch_before_is_handed_over_if_it_can_be_now():
+    s = Scheduler("v", "w")
+    holder, attempt = scattered(s)
+    (other,) = {"v", "w"} - {holder}
+    s.submit("x", "d", workers=[f"name of {other}"])
+    s.stimulus_task_returned(other, s.tasks["x"].attempt, [("d", attempt, [holder])])
+    assert s.tasks["d"].stuck
+    sent(s)
+    s.stimulus_leave(holder)
+    assert [copy["name"] for copy in told(s, other, "compute-task")] == ["copy"]
+
+
+def test_an_input_that_a_broken_link_keeps_from_a_task_is_copied_to_who_reaches_both():
+    s = Scheduler(*"vwz")
+    holders = {}
+    for key in "ab":
+        holders[key], attempt = scatter(s, key)
+        s.stimulus_add_keys(holders[key], [(key, attempt)])
+    s.submit("x", "a", "b")
+    x = s.tasks["x"]
+    (at,) = [ws.id for ws in s.workers.values() if x.attempt in ws.processing]
+    (far,) = [key for key in "ab" if holders[key] != at]
+    (third,) = {*"vwz"} - {*holders.values()}
+    miss = (far, s.tasks[far].attempt, [holders[far]])
+    sent(s)
+    s.stimulus_task_returned(at, x.attempt, [miss])
+    (copy,) = told(s, third, "compute-task")
+    assert (copy["key"], copy["name"]) == (far, "copy")
+    s.stimulus_add_keys(third, [miss[:2]])
+    s.stimulus_task_returned(third, copy["attempt"], [])
+    assert not s.tasks[far].stuck
 
 
 def test_what_a_leaving_worker_has_is_not_copied_twice():

@@ -218,7 +218,7 @@ NEITHER = {  # {reason: fields}
         ClientMind.futures ClientMind.records ClientMind.puts FutureState.count
         WorkerMind.attempts WorkerMind.records WorkerMind.leaving""",
     "it is still to be done: with less of it, a worker goes too early, a copy is not made": """
-        WorkerState.leaving TaskState.targets""",
+        WorkerState.leaving WorkerState.tried TaskState.targets""",
 }
 RELATED_ONLY = {  # {field: when it is a relation or a counter}
     "TaskState.attempt": lambda mind, ts: ts.state == "processing",
