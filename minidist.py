@@ -1319,13 +1319,14 @@ class SchedulerMind(Mind):
         Names differ, since tasks can be restricted to one, and reports of deaths speak of them.
         (One that is leaving is called nothing any more: its successor may bear its name.)
 
-        What is still known at its address was this very process, which was cut off before it could
-        hear that it had joined: no other can listen there.
+        What is still known at its address is taken for this very process, cut off before it could
+        hear that it had joined.  It lives: so nobody is blamed.
         """
         if nthreads < 1:
             raise ProtocolError(f"a worker with {nthreads} threads")
         ws = WorkerState(worker, name, nthreads, self.now_us)
         for old in [old for old in self.called.get(ws.address, ()) if old.address == ws.address]:
+            self.withdraw(old)
             self.dismiss(old, "cut off, and has registered again")
         if any(other.name == name for other in self.called.get(name, ())):
             text = f"a worker named {name!r} is there already"
@@ -1482,8 +1483,6 @@ class SchedulerMind(Mind):
             if (ts := self.tasks.get(key)) and ts.attempt == number and ts.state == "memory":
                 missed = f"{worker} could not fetch {key!r} from {', '.join(holders)}"
                 self.strike(ts, holders)
-                if ts.stuck and not ts.arriving and attempt not in ws.arriving:
-                    self.copy_elsewhere(ts, ws)  # Who reaches both may be between them.
         if attempt in ws.arriving:
             ts = ws.arriving[attempt]
             # Neither here nor missed: then its holder cannot pickle it.
@@ -1598,7 +1597,8 @@ class SchedulerMind(Mind):
             for ts in () if ws.leaving else ws.has_what:
                 if self.staying.keys().isdisjoint(ts.who_has):
                     tried = ws.tried.setdefault(ts, {})
-                    if not ts.arriving and len(tried) < ALLOWED_FAILURES:
+                    few = len(tried.keys() & self.staying.keys()) < ALLOWED_FAILURES
+                    if few and not ts.arriving:
                         tried[self.copy_elsewhere(ts, *tried)] = None
                     if ts.arriving:
                         ws.leaving.append(ts)
@@ -1700,9 +1700,14 @@ class SchedulerMind(Mind):
         """The worker on which ``ts`` (with inputs or restrictions, or a suspect) would start first.
 
         An input that could not be fetched from its only holder draws it there, even against its
-        restrictions: elsewhere it might never run.
+        restrictions: elsewhere it might never run.  But if there are several such holders, which do
+        not reach each other, a third worker may reach all.
         """
-        stuck = [ws for d in ts.dependencies if d.stuck for ws in d.who_has]
+        stuck = {ws: None for d in ts.dependencies if d.stuck for ws in d.who_has}
+        if len(stuck) > 1:
+            allowed = self.allowed(ts)
+            if third := self.least_loaded(FULL, lambda ws: ws in allowed and ws not in stuck):
+                return third
         return min(stuck or self.candidates(ts), key=lambda ws: (self.start_us(ts, ws), ws.nbytes))
 
     def candidates(self, ts, fits=None):
@@ -2157,9 +2162,8 @@ class SchedulerMind(Mind):
         just have been told to free it.  To free a replica that is good after all costs a transfer,
         or a computation; to keep one that cannot be had costs everybody who is sent there.  *Stuck*
         is what is not freed: tasks that need it are placed on its holder, and not stolen from
-        there.  A second replica ends that, and so one is tried to be made on a third worker: else a
-        task of two such inputs could run nowhere.  (Stuck, too, is what a worker was to copy, and
-        its holder cannot pickle.)
+        there.  A second replica, wherever it comes from, ends that.  (Stuck, too, is what a worker
+        was to copy, and its holder cannot pickle.)
         """
         again = ts.run_spec and ts.strikes + 1 < ALLOWED_FAILURES
         for ws in [self.workers[holder] for holder in holders if holder in self.workers]:

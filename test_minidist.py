@@ -885,8 +885,7 @@ class Cluster:
             self.heard_us[sender] = self.minds[SCHEDULER].now_us
             for old in self.minds[SCHEDULER].workers if op == "register-worker" else ():
                 if old.partition("#")[0] == sender.partition("#")[0]:
-                    self.blame(old)
-                    self.seen["registered again"] += 1
+                    self.fault("registered again", old)
         elif op == "leave" and ws:
             self.fault("left", sender)
         elif op == "fetch-missed":
@@ -1370,7 +1369,7 @@ WorkerMind.arrived | self.mark(attempt) | pass | validate
 # A result is released too early, ...
 SchedulerMind.goal | if not (ts.who_wants or ts.waiters): | if not ts.who_wants: | validate
 ClientMind.stimulus_release | if state.count: | if False: | no_live_future_is_cancelled
-SchedulerMind.may_go | if not ts.arriving and | if False and | no_early_free
+SchedulerMind.may_go | if few and not ts.arriving: | if False: | no_early_free
 # ... or never.
 SchedulerMind.leave_memory | self.send_name(ws.id, "free-keys", (ts.key, ts.attempt)) | pass | agreement
 SchedulerMind.stimulus_task_finished | self.send_name(worker, "free-keys", (ts.key, attempt)) | 0 | agreement
