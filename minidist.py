@@ -4876,15 +4876,17 @@ class Client(Threaded, Body):
             futures = scatter_one(data)
 
         async def put():
+            limit = timeout
             while True:
                 with contextlib.suppress(TimeoutError):
-                    await self._settle(list(leaves_of(futures)), timeout)
+                    await self._settle(list(leaves_of(futures)), limit)
                     break
                 # Much data takes long; but where there is no worker for it, it takes for ever.
                 if not await self._ask("workers", options[0] or None, limit=max(timeout, 1)):
                     called = f" called {workers!r}" if workers else ""
                     text = f"not scattered after {timeout} s, with 0 workers{called}: start one"
                     raise TimeoutError(text)
+                limit = max(timeout, 0.1)  # The scheduler has other things to do.
             for future in leaves_of(futures):
                 failure(future._state)
             return futures
