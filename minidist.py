@@ -2946,8 +2946,7 @@ class Pickler(cloudpickle.Pickler):
             return make, tuple({"<dynamic-code>": obj.co_filename}.get(a, a) for a in args)
         if isinstance(obj, BY_NAME) and str(obj.__module__).endswith("_main__"):
             if isinstance(obj, MEMOIZED):
-                state = {name: vars(obj)[name] for name in vars(obj) if name != "__wrapped__"}
-                return memoized, (obj.__wrapped__, obj.cache_parameters()), state
+                return memoized, (obj.__wrapped__, obj.cache_parameters()), vars(obj)
             if isinstance(obj, ALIAS):
                 return typing.cast, (None, obj.__value__)  # (It returns the second.)
             more = [obj.__supertype__] if isinstance(obj, typing.NewType) else []
@@ -2955,12 +2954,11 @@ class Pickler(cloudpickle.Pickler):
         owner = getattr(type(obj).__reduce__, "__objclass__", Pickler)  # (if that is compiled)
         if owner.__module__ == "builtins" and isinstance(obj, BaseException):
             kind, args, *states = obj.__reduce__()
-            if isinstance(obj, OSError):
+            names = ("args", "errno", "strerror", "filename", "filename2", "characters_written")
+            if all(getattr(kind, name, None) is getattr(OSError, name) for name in names):
                 # As they are: its own class may have set them, and not OSError from ``args``.
-                names = ("args", "errno", "strerror", "filename", "filename2", "characters_written")
-                names = [n for n in names if getattr(kind, n) is getattr(OSError, n)]
                 fields = {n: value for n in names if (value := getattr(obj, n, None)) is not None}
-                args, states = (), [*states, fields]
+                args, states = (), [fields]
             return make_exception, (kind, args, *states, object.__getstate__(obj))
         reduced = super().reducer_override(obj)
         if isinstance(reduced, tuple) and vars(obj).get("__slots__"):
@@ -3090,8 +3088,17 @@ def dump_part(what, obj):
         raise TypeError(f"{text}: make what cannot travel inside the task") from error
 
 
-# {frame: plain function}; not for ever: a notebook defines a function again and again.
-FUNCTIONS = {}
+class Stateful(Exception):
+    """A callable that is not to be remembered: one task might change it under another's feet."""
+
+
+@functools.lru_cache(maxsize=256)  # Not for ever: a notebook defines a function again and again.
+def load_function(frame):
+    """A plain function, unpickled once.  Raises Stateful for any other callable."""
+    func = pickle.loads(frame)
+    if not isinstance(func, (types.FunctionType, type)):
+        raise Stateful(func)  # Then nothing is remembered.
+    return func
 
 
 def load_call(run_spec, inputs):
@@ -3104,22 +3111,13 @@ def load_call(run_spec, inputs):
 
 
 def load_callable(frame):
-    """Unpickle a callable: a plain function once.
-
-    Others each time, since they may have state that one task would change under another's feet.
-    (So is one with large data, which nobody keeps.)
-    """
-    func = FUNCTIONS.get(frame) if len(frame) < LARGE else None
-    if func is None:
-        func = pickle.loads(frame)
-        plain = isinstance(func, (types.FunctionType, type))
-        if isinstance(func, types.BuiltinFunctionType):  # Or a method of a builtin type.
-            plain = isinstance(func.__self__, types.ModuleType)
-        if plain and len(frame) < LARGE:
-            if len(FUNCTIONS) > 256:
-                FUNCTIONS.clear()
-            FUNCTIONS[frame] = func
-    return func
+    """Unpickle a callable: a plain function once, unless it has large data, which nobody keeps."""
+    if len(frame) >= LARGE:
+        return pickle.loads(frame)
+    try:
+        return load_function(frame)
+    except Stateful as found:
+        return found.args[0]
 
 
 def name_of(func):
@@ -3273,7 +3271,7 @@ def sizeof(obj, depth=3):
             some = list(islice(obj.items() if isinstance(obj, dict) else obj, 10))
             size += len(obj) * sum(sizeof(item, depth - 1) for item in some) // len(some)
         elif depth and type(inside := getattr(obj, "__dict__", None)) is dict:
-            size += sizeof(inside, depth)
+            size += sizeof([*inside.values()], depth)
         return size
     except Exception:
         return 64

@@ -257,6 +257,10 @@ class Says(OSError):
     strerror = property(lambda self: f"it said {self.args}")
 
 
+class Known(OSError):
+    errno = 77
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -268,6 +272,7 @@ class Says(OSError):
         urllib.error.HTTPError("http://localhost", 404, "not found", None, None),
         SetsItself(5),
         Says(5),
+        Known(1, "the text"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -947,6 +952,7 @@ class Model:
 def test_a_callable_with_state_is_unpickled_once_for_each_call_and_not_kept():
     model = Model()
     Model.alive.clear()
+    assert minidist.load_callable(minidist.dump_function(len)[0]) is len
     run_spec, _ = minidist.dump_call(minidist.dump_function(model.predict), (2,), {})
     for times in (1, 2):
         func, args, kwargs = minidist.load_call(run_spec, {})
