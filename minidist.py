@@ -1587,8 +1587,9 @@ class SchedulerMind(Mind):
 
         ``ws.leaving`` holds what is being copied; when it is empty, and nothing more is found here,
         the worker may go.  A value that is computed, or copied, there meanwhile is found too; and
-        one whose copy has failed is found again, and tried with others, but with few: what nobody
-        can fetch, or it cannot pickle, must not keep it for ever.
+        one whose copy has failed is found again, and offered to others, but to few: what nobody can
+        fetch, or it cannot pickle, must not keep it for ever.  Who leaves, too, or dies before it
+        has its copy, does not count.
         """
         for ws in self.by_load[LEAVING]:
             while ws.leaving and not ws.leaving[-1].arriving:
@@ -3255,7 +3256,7 @@ def rebuild_traceback(places):
 
 
 def sizeof(obj, depth=3):
-    """About how many bytes an object takes; of large containers a few items are looked at.
+    """About how many bytes an object takes, with its attributes; of containers, by a few items.
 
     An estimate is enough, to choose where a task should run, and what is small enough to travel
     with its notice; to walk through every result would cost more than the best choice saves.
