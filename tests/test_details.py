@@ -961,6 +961,11 @@ def test_a_callable_with_state_is_unpickled_once_for_each_call_and_not_kept():
         assert not Model.alive["now"]
 
 
+def test_a_cached_method_of_an_object_is_refused_in_the_words_of_the_pickler():
+    with pytest.raises(TypeError, match="cannot be pickled: .*lru_cache"):
+        minidist.dump_function(functools.lru_cache("abc".count))
+
+
 def test_a_plain_function_is_unpickled_once_and_not_kept_for_ever():
     frames = [minidist.dump_function(lambda n=n: n)[0] for n in range(300)]
     functions = [minidist.load_callable(frame) for frame in frames]
