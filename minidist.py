@@ -1701,13 +1701,13 @@ class SchedulerMind(Mind):
         """The worker on which ``ts`` (with inputs or restrictions, or a suspect) would start first.
 
         An input that could not be fetched from its only holder draws it there, even against its
-        restrictions: elsewhere it might never run.  But if there are several such holders, which do
-        not reach each other, a third worker may reach all.
+        restrictions: elsewhere it might never run.  But if there are several such holders, or those
+        of its inputs have twice not reached each other, a third worker may reach all.
         """
-        stuck = {ws: None for d in ts.dependencies if d.stuck for ws in d.who_has}
-        if len(stuck) > 1:
-            allowed = self.allowed(ts)
-            if third := self.least_loaded(FULL, lambda ws: ws in allowed and ws not in stuck):
+        stuck = [ws for d in ts.dependencies if d.stuck for ws in d.who_has]
+        if ts.misses > 1 and len({*stuck}) != 1:
+            holders, allowed = {ws for d in ts.dependencies for ws in d.who_has}, self.allowed(ts)
+            if third := self.least_loaded(FULL, lambda ws: ws in allowed and ws not in holders):
                 return third
         return min(stuck or self.candidates(ts), key=lambda ws: (self.start_us(ts, ws), ws.nbytes))
 

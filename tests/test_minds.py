@@ -1134,6 +1134,38 @@ def test_a_task_whose_inputs_are_at_both_ends_of_a_broken_link_goes_where_both_a
     assert (x.processing_on.id in holders.values()) == (named == "vw"), "z may not run it"
 
 
+def test_so_does_one_whose_inputs_are_computed_again_there():
+    s = Scheduler(*"vwz")
+    for key, worker in ("av", "bw"):
+        s.submit(key, workers=[f"name of {worker}"])
+        s.finish(key, nbytes=10**9)
+    s.submit("x", "a", "b")
+    x = s.tasks["x"]
+    for _ in "ab":
+        far = {"v": "b", "w": "a"}[x.processing_on.id]
+        holder = {"a": "v", "b": "w"}[far]
+        miss = (far, s.tasks[far].attempt, [holder])
+        s.stimulus_task_returned(x.processing_on.id, x.attempt, [miss])
+        assert s.states() == {"a": "memory", "b": "memory", far: "processing", "x": "waiting"}
+        s.finish(far, nbytes=10**9)
+    assert x.processing_on.id == "z"
+
+
+def test_what_was_missed_for_good_draws_its_task_there_however_often_that_was():
+    s = Scheduler("v", "w")
+    s.submit("a", workers=["name of v"])
+    s.finish("a")
+    s.submit("x", "a", workers=["name of w"])
+    x = s.tasks["x"]
+    for _ in range(ALLOWED_FAILURES):
+        assert x.processing_on.id == "w"
+        miss = ("a", s.tasks["a"].attempt, ["v"])
+        s.stimulus_task_returned("w", x.attempt, [miss])
+        if s.tasks["a"].state == "processing":
+            s.finish("a")
+    assert s.tasks["a"].stuck and x.processing_on.id == "v"
+
+
 def test_what_a_leaving_worker_has_is_not_copied_twice():
     s = Scheduler("v", "w")
     holder, attempt = scattered(s, broadcast=True)
