@@ -5708,14 +5708,16 @@ async def until_stopped(coroutine):
     program, and no signal until they have them.
     """
     numbers, cancel = (signal.SIGINT, signal.SIGTERM), asyncio.current_task().cancel
-    wake = asyncio.get_running_loop().call_soon_threadsafe
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGURG, int)  # From now on, whatever signal comes wakes it.
     for number in numbers:
         # (Not by the loop, which gives them their defaults when it ends.)
-        signal.signal(number, lambda *_: wake(cancel))
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(cancel))
         # (Python ends by giving signals their defaults, which would be another exit code.)
         atexit.register(signal.signal, number, signal.SIG_IGN)
 
     def as_any_program():
+        signal.set_wakeup_fd(-1)
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
         unblock()
@@ -5730,6 +5732,7 @@ async def until_stopped(coroutine):
         # hold that up: then this is the end.
         for number in numbers:
             signal.signal(number, lambda *_: os._exit(0))
+        loop.remove_signal_handler(signal.SIGURG)
 
 
 async def run_scheduler(options):
